@@ -1,0 +1,1 @@
+"""Training programs in ordinary PyTorch, and what measures Twofold on them."""

@@ -1,0 +1,134 @@
+"""The ways to run one and the same program that `benchmarks.steps` compares.
+
+A contender owns a fresh build: its own model, optimizer and data, from equal seeds. Programs whose
+Python is cached by code object (Dynamo's recompilation limit counts per code object) get a fresh copy
+of their code too, so that one contender cannot use up another's limit.
+"""
+
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.programs import PROGRAMS, CompileModel, Program, Size, identity
+
+SEED = 0
+
+# Programs whose whole step, data aside, is one fixed sequence of kernels with no host work between.
+CAPTURABLE = ("mlp", "lenet", "resnet18", "lstm_loop", "bert", "gpt")
+CAPTURE_WARM_UP = 3
+
+
+@dataclass
+class Contender:
+    """`run(i)` is step number i; `prepare` returns when no better code for it is under way."""
+
+    run: Callable[[int], Any]
+    prepare: Callable[[], None] = lambda: None
+    graph_op_fraction: Callable[[], float | None] = lambda: None
+
+
+def contender_names(program: str, device: torch.device) -> list[str]:
+    """Return the contenders that make sense for this program on this device, eager first."""
+    names = ["eager", "compile", "compile_reduce_overhead", "twofold_exact", "twofold_fused"]
+    if device.type == "cuda" and program in CAPTURABLE:
+        names.append("cuda_graph_by_hand")
+    return names
+
+
+def make_contender(contender: str, program: str, size: Size, device: torch.device) -> Contender:
+    """Build the program anew and wrap its step."""
+    build = partial(_build_anew, program, size, device)
+    match contender:
+        case "eager":
+            return _calling(build())
+        case "compile":
+            return _calling(build(partial(_compile, "default")))
+        case "compile_reduce_overhead":
+            return _calling(build(partial(_compile, "reduce-overhead")))
+        case "twofold_exact" | "twofold_fused":
+            return _twofold(build(), contender.removeprefix("twofold_"))
+        case "cuda_graph_by_hand":
+            return Contender(CapturedStep(build()))
+        case _:
+            raise ValueError(f"unknown contender {contender!r}")
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _build_anew(
+    name: str, size: Size, device: torch.device, compile_model: CompileModel = identity
+) -> Program:
+    sys.modules.pop(f"benchmarks.programs.{name}", None)
+    seed_everything(SEED)
+    return PROGRAMS[name](size, device, compile_model)
+
+
+def _compile(mode: str, model: nn.Module) -> nn.Module:
+    compiled: Any = torch.compile(model, mode=mode)
+    return compiled
+
+
+def _calling(program: Program) -> Contender:
+    return Contender(lambda index: program.step(*program.batches(index)))
+
+
+def _twofold(program: Program, numerics: str) -> Contender:
+    import twofold
+
+    step = twofold.function(program.step, numerics=numerics)
+
+    def prepare() -> None:
+        wait = getattr(twofold, "wait_for_compilation", None)
+        if wait is not None:
+            wait()
+
+    def graph_op_fraction() -> float | None:
+        return twofold.report(step).to_dict()["graph_op_fraction"]
+
+    return Contender(lambda index: step(*program.batches(index)), prepare, graph_op_fraction)
+
+
+class CapturedStep:
+    """One CUDA graph of eager's kernels for the whole step, as an expert writes it by hand.
+
+    The first call warms up on a side stream and captures; that time is part of the contender's start.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.inputs = tuple(argument.clone() for argument in program.batches(0))
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, index: int) -> None:
+        if self.graph is None:
+            self.graph = self._capture()
+        for static, argument in zip(self.inputs, self.program.batches(index), strict=True):
+            static.copy_(argument)
+        self.graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        for optimizer in self.program.optimizers.values():
+            for group in optimizer.param_groups:
+                if "capturable" in group:
+                    group["capturable"] = True
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(CAPTURE_WARM_UP):
+                self.program.step(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.program.step(*self.inputs)
+        return graph

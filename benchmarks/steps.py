@@ -1,0 +1,190 @@
+"""Milliseconds a training step, program by program: eager, torch.compile, Twofold, and graphs by hand.
+
+    python -m benchmarks.steps [--device cpu|cuda] [--size full|small] [--rounds N] [--json PATH] [programs…]
+
+Each program runs in a process of its own, so that one crash or leak spoils one row. In it every contender
+has its own build, and rounds are interleaved: round r runs the same steps from the same random states for
+each contender in turn, so that a slow minute of the machine falls on all of them.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.contenders import Contender, contender_names, make_contender, seed_everything
+from benchmarks.environment import describe_environment, synchronize
+from benchmarks.programs import NAMES
+
+FIRST_STEPS = 10
+SETTLE_ROUNDS = 3
+# A round is about this long for eager, within the limits on its steps.
+ROUND_SECONDS = 0.3
+ROUND_STEPS = (10, 200)
+ERROR_CHARACTERS = 300
+
+Result = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parse(arguments)
+    if options.child:
+        results = measure_program(options.programs[0], options)
+        Path(options.json).write_text(json.dumps(results))
+        return
+    document = {"environment": describe_environment(), "options": vars(options).copy(), "programs": {}}
+    for name in options.programs or NAMES:
+        document["programs"][name] = _measure_in_child(name, options)
+        print(format_table(name, document["programs"][name]), flush=True)
+        if options.json:
+            Path(options.json).write_text(json.dumps(document, indent=1))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.steps")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", choices=["full", "small"], default="full")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--timeout", type=float, default=1200, help="seconds a program may take")
+    parser.add_argument("--contenders", nargs="+", help="measure these alone; eager always runs")
+    parser.add_argument("--json", help="write machine, versions, options and all rounds to this file")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("programs", nargs="*", metavar="program", help="default: all")
+    options = parser.parse_args(arguments)
+    unknown = set(options.programs) - set(NAMES)
+    if unknown:
+        parser.error(f"no such program: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    return options
+
+
+def _measure_in_child(name: str, options: argparse.Namespace) -> dict[str, Result]:
+    """Run `measure_program` in a process; a crash or a timeout is its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results.json"
+        command = [sys.executable, "-m", "benchmarks.steps", name, "--child", "--json", str(path)]
+        command += ["--device", options.device, "--size", options.size, "--rounds", str(options.rounds)]
+        command += ["--contenders", *options.contenders] if options.contenders else []
+        try:
+            subprocess.run(command, check=True, timeout=options.timeout)
+        except subprocess.CalledProcessError as error:
+            return {"all": {"error": f"the process ended with status {error.returncode}"}}
+        except subprocess.TimeoutExpired:
+            return {"all": {"error": f"timed out after {options.timeout:.0f} s"}}
+        return json.loads(path.read_text())
+
+
+def measure_program(name: str, options: argparse.Namespace) -> dict[str, Result]:
+    """Set every contender up in turn, then measure all of them in interleaved rounds."""
+    device = torch.device(options.device)
+    results: dict[str, Result] = {}
+    contenders: dict[str, Contender] = {}
+    steps = 0
+    _warm_up_process(name, options, device)
+    for contender_name in contender_names(name, device):
+        if options.contenders and contender_name not in {"eager", *options.contenders}:
+            continue
+        results[contender_name] = {"rounds_ms": []}
+        try:
+            contender, first_seconds = _start(contender_name, name, options, device)
+            if not steps:
+                steps = _steps_a_round(contender)
+            for settle_round in range(SETTLE_ROUNDS):
+                if settle_round:
+                    contender.prepare()
+                _time_round(contender, settle_round, steps)
+        except Exception as error:  # noqa: BLE001 whatever a contender raises is its row
+            results[contender_name]["error"] = f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
+            continue
+        contenders[contender_name] = contender
+        results[contender_name]["first_ten_seconds"] = first_seconds
+    for round_number in range(options.rounds):
+        for contender_name, contender in contenders.items():
+            milliseconds = _time_round(contender, SETTLE_ROUNDS + round_number, steps)
+            results[contender_name]["rounds_ms"].append(milliseconds)
+    for contender_name, contender in contenders.items():
+        results[contender_name] |= _summarise(results[contender_name]["rounds_ms"])
+        results[contender_name]["steps_a_round"] = steps
+        results[contender_name]["graph_op_fraction"] = contender.graph_op_fraction()
+    return results
+
+
+def _warm_up_process(name: str, options: argparse.Namespace, device: torch.device) -> None:
+    """Load the libraries' kernels, so that the first contender does not pay for them all."""
+    try:
+        _start("eager", name, options, device)
+    except Exception as error:  # noqa: BLE001 it comes again, as the row of the contender eager
+        print(f"{name}: warming up failed: {type(error).__name__}", file=sys.stderr)
+
+
+def _start(
+    contender_name: str, program: str, options: argparse.Namespace, device: torch.device
+) -> tuple[Contender, float]:
+    """Build a contender; return it and the seconds from its first call to the end of its tenth step."""
+    contender = make_contender(contender_name, program, options.size, device)
+    seed_everything(0)
+    synchronize()
+    begin = time.perf_counter()
+    for index in range(FIRST_STEPS):
+        contender.run(index)
+    synchronize()
+    return contender, time.perf_counter() - begin
+
+
+def _steps_a_round(contender: Contender) -> int:
+    milliseconds = _time_round(contender, 0, ROUND_STEPS[0])
+    fewest, most = ROUND_STEPS
+    return max(fewest, min(most, round(1e3 * ROUND_SECONDS / milliseconds)))
+
+
+def _time_round(contender: Contender, number: int, steps: int) -> float:
+    """Return milliseconds a step over the steps of round `number`."""
+    seed_everything(number)
+    synchronize()
+    begin = time.perf_counter()
+    for index in range(number * steps, (number + 1) * steps):
+        contender.run(index)
+    synchronize()
+    return (time.perf_counter() - begin) * 1e3 / steps
+
+
+def _summarise(rounds_ms: list[float]) -> Result:
+    """Median and the quarter of rounds on either side of it."""
+    if len(rounds_ms) < 2:
+        only = rounds_ms[0]
+        return {"median_ms": only, "quartiles_ms": [only, only]}
+    first, median, third = statistics.quantiles(rounds_ms, n=4, method="inclusive")
+    return {"median_ms": median, "quartiles_ms": [first, third]}
+
+
+def format_table(program: str, results: dict[str, Result]) -> str:
+    """One row a contender. Ratios are speedups: above 1 is faster than eager, than the best compile."""
+    measured = {name: result["median_ms"] for name, result in results.items() if "median_ms" in result}
+    compiled = [milliseconds for name, milliseconds in measured.items() if name.startswith("compile")]
+    header = f"{program:<27}{'ms/step':>10}{'quartiles':>18}{'x eager':>9}{'x compile':>11}"
+    lines = [f"{header}{'first ten, s':>14}{'in graphs':>11}"]
+    for name, result in results.items():
+        if name not in measured:
+            lines.append(f"  {name:<25}{result.get('error', 'not measured')}")
+            continue
+        milliseconds = measured[name]
+        spread = "{:.3f}-{:.3f}".format(*result["quartiles_ms"])
+        over_eager = f"{measured['eager'] / milliseconds:.2f}" if "eager" in measured else ""
+        over_compile = f"{min(compiled) / milliseconds:.2f}" if compiled else ""
+        fraction = result["graph_op_fraction"]
+        lines.append(
+            f"  {name:<25}{milliseconds:>10.3f}{spread:>18}{over_eager:>9}{over_compile:>11}"
+            f"{result['first_ten_seconds']:>14.2f}{'' if fraction is None else f'{fraction:.1%}':>11}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

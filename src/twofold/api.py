@@ -1,0 +1,348 @@
+"""The public entry points, and the only place that decides how the next unit runs.
+
+A unit is a call of a decorated function or an iteration of a program's loop; either way it also ends where an
+optimizer has stepped and no live autograd history crosses that line. Before each unit, `_Driver.next_mode` picks
+one of three ways:
+
+- `record`: eagerly, watched, because the path is new or has changed;
+- `follow`: the skeleton beside a graph;
+- `idle`: eagerly and unwatched, at no cost: while kernels are being made, while eager execution is timed, or for
+  good where a graph does not pay.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+import torch
+
+from twofold.capture.intercept import Interception, current_listener, observe_steps
+from twofold.capture.trace import Trace
+from twofold.capture.trace_graph import Path, Signature, TraceGraph
+from twofold.errors import NotConvertibleError, OptionError
+from twofold.options import Options
+from twofold.report import Report
+from twofold.run.account import Account
+from twofold.run.builder import Builder
+from twofold.run.python_runner import PythonRunner
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MAX_PATHS = 64
+"""Paths kept for one program; each holds a graph and, on a GPU, its memory."""
+MAX_NEW_IN_A_ROW = 24
+"""So many recorded units without one that was seen before, and recording stops: the paths do not repeat."""
+RETRY_AFTER = 500
+"""Units after which a blocked path is looked at again; the distance doubles each time."""
+
+
+class Mode(Enum):
+    """How the next unit runs."""
+
+    RECORD = "record"
+    FOLLOW = "follow"
+    IDLE = "idle"
+
+
+class _Driver:
+    """Runs the units of one function or program, in one thread at a time."""
+
+    def __init__(self, name: str, options: Options) -> None:
+        self.options = options
+        self.account = Account(name, "eager" if options.engine == "eager" else "coexecution")
+        self.graph = TraceGraph()
+        self.builder = Builder(options, self.account)
+        self.runner = PythonRunner(self.graph, self.account, self._end_unit)
+        self.interception = Interception(self.runner)
+        self.on_idle: Callable[[], None] | None = None
+        self._mode = Mode.IDLE
+        self._likely: Path | None = None
+        self._began = 0.0
+        self._timing = False
+        self._new_in_a_row = 0
+        self._gave_up_at: int | None = None
+        self._patience = RETRY_AFTER
+
+    # ---- one unit ----------------------------------------------------------------------------------------
+
+    def begin(self) -> Mode:
+        """Choose and start the next unit."""
+        signature = self.graph.signature()
+        self._mode = self.next_mode(signature)
+        self._timing = self.builder.is_timing(self._likely) and self._mode is not Mode.RECORD
+        if self._timing and self.graph.has_accelerator:
+            torch.cuda.synchronize()
+        self.runner.begin(self._mode.value, signature)
+        self._began = time.perf_counter()
+        return self._mode
+
+    def next_mode(self, signature: Signature) -> Mode:
+        """Decide how the next unit runs."""
+        if self.options.engine == "eager" or self._has_given_up():
+            return Mode.IDLE
+        path = self._likely = self.graph.root(signature).latest
+        if path is None:
+            return Mode.RECORD
+        if path.blocked:
+            return Mode.IDLE
+        self.builder.poll(path, self.graph.has_accelerator)
+        if path.stale or (path.seen < self.options.warm_up and path.executable is None):
+            return Mode.RECORD
+        if path.executable is None or self.builder.wants_eager_samples():
+            return Mode.IDLE
+        return Mode.FOLLOW
+
+    def end(self) -> None:
+        """Finish the unit at the end of a call or loop, if it has seen anything."""
+        if self._mode is Mode.IDLE:
+            self._end_unit(None, None, ())
+        elif self.runner.in_unit:
+            self.runner.end()
+
+    def _end_unit(self, path: Path | None, trace: Trace | None, signature: Signature) -> None:
+        if self._timing and self.graph.has_accelerator:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self._began
+        account = self.account
+        account.iterations += 1
+        if path is not None:
+            account.graph_iterations += 1
+            account.graph_calls += path.call_count
+            self._new_in_a_row = 0
+            path.units += 1
+            account.span("graph", account.backend, int(self._began * 1e9), int((self._began + seconds) * 1e9))
+            if self._timing:
+                self.builder.note_graph(path, seconds)
+        else:
+            account.eager_iterations += 1
+            if trace is not None:
+                account.traced_iterations += 1
+                self._learn(trace, signature)
+            elif self._mode is Mode.IDLE and self._likely is not None:
+                account.eager_calls += self._likely.call_count
+                if not self._likely.blocked:
+                    self.builder.note_eager(self._likely, seconds)
+            account.span("python", "eager", int(self._began * 1e9), int((self._began + seconds) * 1e9))
+        if self.on_idle is not None:
+            self.on_idle()
+        elif self._mode is not Mode.IDLE and self.interception.active:
+            self.begin()
+
+    def _learn(self, trace: Trace, signature: Signature) -> None:
+        if len(self.graph.paths) >= MAX_PATHS:
+            self.account.fallback("too_many_paths", f"more than {MAX_PATHS} paths")
+            return
+        path = self.graph.merge(trace, signature)
+        if path is None:
+            return
+        self._new_in_a_row = self._new_in_a_row + 1 if path.seen == 1 else 0
+        if self._new_in_a_row >= MAX_NEW_IN_A_ROW:
+            self._give_up()
+            return
+        self.account.paths = len(self.graph.paths)
+        others_run = any(other.executable is not None for other in self.graph.paths)
+        if path.seen >= self.options.warm_up or others_run:
+            self.builder.prepare(path, self.graph.has_accelerator)
+        if path.blocked and self.options.strict:
+            raise NotConvertibleError(f"{self.account.name} stays eager: {next(iter(self.account.fallbacks))}")
+
+    def _give_up(self) -> None:
+        self._gave_up_at = self.account.iterations
+        self._new_in_a_row = 0
+        self.account.fallback("too_many_paths", f"{MAX_NEW_IN_A_ROW} units in a row took paths of their own")
+        self.account.decision("recording stopped: the paths of this program do not repeat")
+        self.graph.clear()
+
+    def _has_given_up(self) -> bool:
+        if self._gave_up_at is None:
+            return False
+        if self.account.iterations - self._gave_up_at < self._patience:
+            return True
+        self._gave_up_at = None
+        self._patience *= 2
+        return False
+
+    def start_listening(self) -> None:
+        """Begin a unit and, unless it is idle, listen."""
+        if self.begin() is not Mode.IDLE:
+            self.interception.start()
+
+
+class Function(Generic[P, R]):
+    """A function, method or module whose calls run as graphs where they can. Made by `twofold.function`."""
+
+    def __init__(self, wrapped: Callable[P, R], options: Options) -> None:
+        self._wrapped = wrapped
+        self._options = options
+        name = getattr(wrapped, "__qualname__", type(wrapped).__name__)
+        self._driver = _Driver(name, options)
+        self._lock = threading.Lock()
+        self._bound: weakref.WeakKeyDictionary[Any, Function[..., Any]] = weakref.WeakKeyDictionary()
+        if not isinstance(wrapped, torch.nn.Module):
+            functools.update_wrapper(self, wrapped)
+
+    def __call__(self, *arguments: P.args, **keywords: P.kwargs) -> R:
+        """Call the wrapped function; results, effects and exceptions are those of eager execution."""
+        if current_listener() is not None:
+            return self._wrapped(*arguments, **keywords)
+        if not self._lock.acquire(blocking=False):
+            self._driver.account.fallback("thread", "called while another thread was inside")
+            return self._wrapped(*arguments, **keywords)
+        try:
+            return self._run(*arguments, **keywords)
+        finally:
+            self._lock.release()
+
+    def _run(self, *arguments: P.args, **keywords: P.kwargs) -> R:
+        driver = self._driver
+        mode = driver.begin()
+        if mode is Mode.IDLE:
+            result = self._wrapped(*arguments, **keywords)
+            driver.end()
+            return result
+        driver.interception.start()
+        try:
+            result = self._wrapped(*arguments, **keywords)
+            driver.end()
+            return result
+        except BaseException:
+            driver.runner.abandon()
+            raise
+        finally:
+            driver.interception.stop()
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """Bind to an instance, as a plain function in a class does; each instance has its own graphs."""
+        if instance is None:
+            return self
+        bound = self._bound.get(instance)
+        if bound is None:
+            reference = weakref.ref(instance)
+            function = self._wrapped
+
+            @functools.wraps(cast(Any, function))
+            def method(*arguments: Any, **keywords: Any) -> Any:
+                return cast(Any, function)(reference(), *arguments, **keywords)
+
+            bound = self._bound[instance] = Function(method, self._options)
+        return bound
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._wrapped, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Function[P, R]:
+        return Function(copy.deepcopy(self._wrapped, memo), self._options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Function, (self._wrapped, self._options)
+
+
+class Program:
+    """A whole loop that runs as graphs where it can. Made by `twofold.program`; enter it once."""
+
+    def __init__(self, options: Options) -> None:
+        self._driver = _Driver("program", options)
+        self._stop_observing: Callable[[], None] | None = None
+        self._thread = 0
+
+    def __enter__(self) -> Program:
+        if current_listener() is not None:
+            raise OptionError("twofold.program cannot be entered inside another unit: enter it outside")
+        driver = self._driver
+        self._thread = threading.get_ident()
+        self._stop_observing = observe_steps(self._on_step)
+        driver.on_idle = self._between_units
+        driver.start_listening()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        driver = self._driver
+        driver.on_idle = lambda: None
+        if self._stop_observing is not None:
+            self._stop_observing()
+        try:
+            if error is not None:
+                driver.runner.abandon()
+            elif driver.interception.active and driver.runner.in_unit:
+                driver.runner.end()
+        finally:
+            driver.interception.stop()
+
+    def _on_step(self, _optimizer: Any) -> None:
+        if not self._driver.interception.active and threading.get_ident() == self._thread:
+            self._driver.end()
+
+    def _between_units(self) -> None:
+        driver = self._driver
+        mode = driver.begin()
+        if mode is Mode.IDLE:
+            driver.interception.stop()
+        elif not driver.interception.active:
+            driver.interception.start()
+
+
+def function(wrapped: Callable[P, R] | None = None, /, **options: Any) -> Any:
+    """Make a function, method or `nn.Module` run as graphs; use it as a call or as a decorator.
+
+    Options: engine, backend, numerics, warm_up, background, strict; see `twofold.options.Options`. Raises
+    `OptionError` for a bad option or something that cannot be called, and `BackendUnavailableError`.
+    """
+    checked = Options.make(**options)
+    if wrapped is None:
+        return lambda given: function(given, **options)
+    if not callable(wrapped):
+        raise OptionError(f"twofold.function needs something to call, got {type(wrapped).__name__}: {wrapped!r:.60}")
+    made: Function[P, R] = Function(wrapped, checked)
+    return made
+
+
+def program(**options: Any) -> Program:
+    """Run a whole loop, unchanged, as graphs: `with twofold.program(): ...`. Options as for `function`."""
+    return Program(Options.make(**options))
+
+
+def report(of: Any) -> Report:
+    """Return the account of a function or program: what ran where and why."""
+    driver = getattr(of, "_driver", None)
+    if not isinstance(driver, _Driver):
+        raise OptionError(f"twofold.report needs what twofold.function or twofold.program returned, got {of!r:.60}")
+    driver.account.compile_seconds = driver.builder.compile_seconds()
+    _count_operations(driver)
+    return Report(driver.account)
+
+
+def _count_operations(driver: _Driver) -> None:
+    driver.account.operations.clear()
+    for path in driver.graph.paths:
+        for node in path.nodes:
+            event = node.event
+            if event is not None and path.units:
+                driver.account.operation(event.name, event.origin, "graph", path.units)
+            if event is not None and path.seen:
+                driver.account.operation(event.name, event.origin, "eager", path.seen)
+
+
+def wait_for_compilation(of: Any, timeout: float | None = None) -> bool:
+    """Wait until all kernels ordered for a function or program are compiled; False if `timeout` seconds passed.
+
+    They are swapped in by the next calls.
+    """
+    driver: _Driver = of._driver
+    deadline = None if timeout is None else time.monotonic() + timeout
+    for order in driver.builder.orders():
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            order.exception(left)
+        except TimeoutError:
+            return False
+    return True

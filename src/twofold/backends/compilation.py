@@ -1,0 +1,149 @@
+"""Compiling beside the program: one process, started when first needed, that turns graph texts into artifacts.
+
+The program's threads only write a line and poll a file. A failed or killed compile process costs the graphs it was
+working on, never the program.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+
+from .inductor import CompileFailed, compile_to_file
+
+
+class Compiler:
+    """Compiles pieces by key; results are shared by all programs of the process."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="twofold-")
+        self._artifacts: dict[str, Future[Callable[..., Any]]] = {}
+        self._orders: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._seconds: dict[str, float] = {}
+
+    def order(self, key: str, text: str, background: bool) -> Future[Callable[..., Any]]:
+        """Have a piece compiled, once. The future holds the callable, or `CompileFailed`.
+
+        In the foreground it is done on return; in the background, a thread of ours completes it.
+        """
+        future = self._artifacts.get(key)
+        if future is None:
+            future = self._artifacts[key] = Future()
+            if background:
+                self._start_thread()
+                self._orders.put((key, text))
+            else:
+                self._fulfil(key, lambda path: compile_to_file(text, path, torch.get_num_threads()))
+        elif not background:
+            with contextlib.suppress(CompileFailed):
+                future.result()
+        return future
+
+    def artifact(self, key: str) -> Callable[..., Any]:
+        """Return the callable of a piece that is ready. Raises `CompileFailed` if it failed."""
+        return self._artifacts[key].result()
+
+    def seconds_of(self, key: str) -> float:
+        """Return how long a piece took to compile and load; 0 while it has not."""
+        return self._seconds.get(key, 0.0)
+
+    def close(self) -> None:
+        """End the compile process; orders that wait are dropped."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._directory.cleanup()
+
+    def _fulfil(self, key: str, compile_piece: Callable[[str], None]) -> None:
+        future = self._artifacts[key]
+        began = time.perf_counter()
+        path = FilePath(self._directory.name, f"{key}.artifact")
+        try:
+            compile_piece(str(path))
+            future.set_result(load_artifact(str(path)))
+        except CompileFailed as error:
+            future.set_exception(error)
+        except Exception as error:  # noqa: BLE001 - an artifact that does not load is a compile that failed
+            future.set_exception(CompileFailed(f"{type(error).__name__}: {error}"))
+        finally:
+            self._seconds[key] = time.perf_counter() - began
+            path.unlink(missing_ok=True)
+
+    def _start_thread(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="twofold-compile", daemon=True)
+            self._thread.start()
+
+    def _serve(self) -> None:
+        while (order := self._orders.get()) is not None:
+            key, text = order
+            self._fulfil(key, lambda path, text=text: self._ask_process(text, path))
+
+    def _ask_process(self, text: str, path: str) -> None:
+        process = self._running_process()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps([text, path, torch.get_num_threads()]) + "\n")
+            process.stdin.flush()
+            reply = process.stdout.readline()
+        except (OSError, ValueError) as error:
+            raise CompileFailed(f"the compile process is gone: {error}") from error
+        if not reply:
+            raise CompileFailed(f"the compile process ended with status {process.wait()}")
+        failure = json.loads(reply)
+        if failure is not None:
+            raise CompileFailed(failure)
+
+    def _running_process(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            search = os.pathsep.join(entry for entry in sys.path if entry)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "twofold.backends.compile_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+            # Loading an artifact needs the compiler's modules, whose import takes about 2 s: done here, while the
+            # compile process works, and not between two steps.
+            importlib.import_module("torch._inductor.standalone_compile")
+        return self._process
+
+
+def load_artifact(path: str) -> Callable[..., Any]:
+    """Load a compiled piece: a callable from input tensors to a list of output tensors."""
+    from torch._inductor import CompiledArtifact
+
+    artifact = CompiledArtifact.load(path=path, format="binary")
+    return artifact
+
+
+_compiler: Compiler | None = None
+
+
+def compiler() -> Compiler:
+    """Return the process's compiler, made at the first call."""
+    global _compiler
+    if _compiler is None:
+        _compiler = Compiler()
+        atexit.register(_compiler.close)
+    return _compiler

@@ -1,0 +1,128 @@
+"""CUDA graphs: capture what another executable launches, and replay it. The only file that captures.
+
+The record is captured, never the user's Python: libraries ask whether a capture is going on and take another path.
+All captures share one memory pool. That is sound because a unit's segments are always replayed in the order of
+their capture with no other unit between them, and because whatever outlives a unit is held here or copied out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from twofold.convert.from_traces import Program
+from twofold.graph import TensorSpec, Value
+
+from .executable import Environment, Executable
+
+
+class CaptureFailed(Exception):
+    """A segment could not be captured; the cause is chained."""
+
+
+@functools.cache
+def _pool() -> Any:
+    return torch.cuda.graph_pool_handle()
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+class CudaGraphExecutable:
+    """One CUDA graph a segment, over static memory for feeds, settings and entry gradients."""
+
+    reuses_outputs = True
+
+    def __init__(self, program: Program, inner: Executable, given: Environment, warm_up: bool) -> None:
+        """Capture all segments of `inner` once, reading `given` for statics and examples of the rest.
+
+        `warm_up`: run `inner` once before, for kernels that are loaded at their first launch; the caller restores
+        what that run wrote. Raises `CaptureFailed`, or `torch.OutOfMemoryError`.
+        """
+        self.backend = "cuda_graph" if inner.backend == "replay" else f"{inner.backend}+cuda_graph"
+        self._program = program
+        self._static: Environment = {value: given[value] for value in program.statics}
+        self._buffers: dict[Value, torch.Tensor] = {}
+        for value in given.keys() - program.statics.keys():
+            self._buffers[value] = self._static[value] = _buffer_for(value.spec, given[value])
+        self._last_settings: dict[Value, Any] = {value: given[value] for value in program.settings}
+        self._graphs: list[tuple[torch.cuda.CUDAGraph, tuple[Value, ...]]] = []
+        self._copies = self._plan_copies()
+        with _on_side_stream():
+            if warm_up:
+                scratch = dict(self._static)
+                for index in range(len(program.segments)):
+                    inner.launch(index, scratch)
+                torch.cuda.current_stream().synchronize()
+            self._capture(inner)
+
+    def _plan_copies(self) -> list[list[Value]]:
+        copied: set[Value] = set()
+        plan: list[list[Value]] = []
+        for segment in self._program.segments:
+            fresh = [v for v in segment.inputs if v in self._buffers and v not in copied]
+            copied.update(fresh)
+            plan.append(fresh)
+        return plan
+
+    def _capture(self, inner: Executable) -> None:
+        environment = dict(self._static)
+        for index, segment in enumerate(self._program.segments):
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(_pool(), "thread_local")
+            try:
+                inner.launch(index, environment)
+            except BaseException as error:
+                _end_quietly(graph)
+                if isinstance(error, torch.OutOfMemoryError | KeyboardInterrupt):
+                    raise
+                raise CaptureFailed(str(error)) from error
+            graph.capture_end()
+            self._graphs.append((graph, segment.outputs))
+        kept = {value for segment in self._program.segments for value in segment.outputs}
+        self._static.update((value, environment[value]) for value in kept)
+
+    def launch(self, index: int, environment: Environment) -> None:
+        """Copy in what segment `index` is the first to read, and replay it; see `Executable`."""
+        for value in self._copies[index]:
+            given = environment[value]
+            buffer = self._buffers[value]
+            if value in self._last_settings:
+                if self._last_settings[value] != given:
+                    buffer.fill_(given)
+                    self._last_settings[value] = given
+            elif given is not buffer:
+                buffer.copy_(given)
+        graph, outputs = self._graphs[index]
+        graph.replay()
+        for value in outputs:
+            environment[value] = self._static[value]
+
+
+def _buffer_for(spec: TensorSpec | None, example: Any) -> torch.Tensor:
+    if isinstance(example, torch.Tensor):
+        return torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device).copy_(
+            example
+        )
+    return torch.full((), float(example), dtype=torch.float32, device="cuda")
+
+
+@contextmanager
+def _on_side_stream() -> Iterator[None]:
+    torch.cuda.synchronize()
+    with torch.cuda.stream(_stream()):
+        yield
+    torch.cuda.synchronize()
+
+
+def _end_quietly(graph: torch.cuda.CUDAGraph) -> None:
+    try:
+        graph.capture_end()
+    except RuntimeError:  # the capture is already invalid; ending it is what resets the stream
+        return

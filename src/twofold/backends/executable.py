@@ -1,0 +1,73 @@
+"""What every backend produces, and the lowering that they share."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Protocol
+
+import torch
+
+from twofold.graph import Graph, Node, Value, map_values
+
+Environment = dict[Value, Any]
+"""The tensors (and settings) of one unit by value: given ones at first, computed ones as segments run."""
+
+
+class Executable(Protocol):
+    """A program made runnable. Called from one thread; under `torch.no_grad`, with no mode of ours active."""
+
+    backend: str
+    reuses_outputs: bool
+    """Whether the next launch writes to the tensors that this one put into the environment."""
+
+    def launch(self, index: int, environment: Environment) -> None:
+        """Run segment `index`, reading what it needs from the environment and adding its outputs."""
+
+
+def lower_to_fx(graph: Graph) -> torch.fx.GraphModule:
+    """Write a straight-line body as an `fx.GraphModule` over its inputs in order, returning its outputs as a list.
+
+    Intermediate tensors are freed after their last use, as in eager execution.
+    """
+    lowered = torch.fx.Graph()
+    environment: dict[Value, Any] = {}
+    for index, value in enumerate(graph.inputs):
+        environment[value] = lowered.placeholder(f"input{index}")
+    for node in graph.nodes:
+        _lower_node(lowered, node, environment)
+    lowered.output([environment[value] for value in graph.outputs if isinstance(value, Value)])
+    return torch.fx.GraphModule(torch.nn.Module(), lowered)
+
+
+def _lower_node(lowered: torch.fx.Graph, node: Node, environment: dict[Value, Any]) -> None:
+    arguments = map_values(node.arguments, environment.__getitem__)
+    keywords = {name: map_values(argument, environment.__getitem__) for name, argument in node.keywords}
+    assert callable(node.target)
+    made = lowered.call_function(node.target, arguments, keywords)
+    if not node.results:
+        return
+    for value, path in zip(node.results, _result_paths(node), strict=True):
+        item = made
+        for step in path:
+            item = lowered.call_function(operator.getitem, (item, step))
+        environment[value] = item
+
+
+def _result_paths(node: Node) -> list[tuple[int, ...]]:
+    """Return where each tensor result stands in what the operation returns: itself, an item, an item of a list."""
+    returns = getattr(node.target, "_schema").returns  # noqa: B009 - only operations with a schema have results
+    if len(returns) == 1 and "[]" not in str(returns[0].type) and "List" not in str(returns[0].type):
+        return [()][: len(node.results)]
+    if len(returns) == 1:
+        return [(index,) for index in range(len(node.results))]
+    paths: list[tuple[int, ...]] = []
+    tensors = [i for i, result in enumerate(returns) if str(result.type) == "Tensor"]
+    lists = [i for i, result in enumerate(returns) if "List" in str(result.type)]
+    if not lists:
+        return [(index,) for index in tensors[: len(node.results)]]
+    each = (len(node.results) - len(tensors)) // len(lists)
+    for index, result in enumerate(returns):
+        paths += [(index, j) for j in range(each)] if "List" in str(result.type) else [(index,)]
+    return paths
+
+

@@ -1,0 +1,187 @@
+"""Inductor: segments compiled to fused kernels, outside the program's process.
+
+A segment is cut into pieces: runs that Inductor compiles, and calls that are best left as they are (fused optimizer
+kernels, loss scaling). Each piece travels as the text of its graph to a compile process and comes back as a file,
+so that the program never waits for a compiler and shares no interpreter lock with one. Kernels are kept in
+Inductor's own disk cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+
+from twofold.convert.from_traces import Program
+from twofold.convert.segments import carve
+from twofold.graph import Graph, Node, Value, parse, show
+
+from .executable import Environment, lower_to_fx
+
+aten: Any = torch.ops.aten
+
+MAX_PIECE_NODES = 1500
+"""Beyond this a piece is cut: Inductor's scheduling grows faster than linearly (35-step LSTM loop as one graph of
+2,500 nodes: more than 5 minutes; in two halves: about 13 s each)."""
+
+_LEFT_ALONE = ("_fused_", "_amp_", "_foreach_")
+
+
+class CompileFailed(Exception):
+    """The compiler gave up on a piece; the message is its own last line."""
+
+
+def is_left_alone(node: Node) -> bool:
+    """Whether a call stays one of eager's kernels."""
+    return getattr(node.target, "__name__", str(node.target)).removeprefix("aten.").startswith(_LEFT_ALONE)
+
+
+def split_pieces(program: Program) -> list[list[Graph]]:
+    """Return, for each segment, the bodies that are compiled or replayed one after the other."""
+    finals = {value for segment in program.segments for value in segment.outputs}
+    runs: list[list[Node]] = []
+    owners: list[int] = []
+    for index, segment in enumerate(program.segments):
+        for run in _runs(segment.graph.nodes):
+            runs.append(run)
+            owners.append(index)
+    nothing: list[set[Value]] = [set() for _ in runs]
+    views = {v: n for v, n in program.views.items() if v not in finals}
+    bodies = carve(runs, nothing, views, finals, "piece")
+    return [[b for b, owner in zip(bodies, owners, strict=True) if owner == i] for i in range(len(program.segments))]
+
+
+def _runs(nodes: Sequence[Node]) -> list[list[Node]]:
+    runs: list[list[Node]] = []
+    size = 0
+    kind: bool | None = None
+    for node in nodes:
+        alone = is_left_alone(node)
+        if alone is not kind or size >= MAX_PIECE_NODES:
+            runs.append([])
+            kind, size = alone, 0
+        runs[-1].append(node)
+        size += 1
+    return runs
+
+
+def rewrite_for_inductor(graph: Graph) -> Graph:
+    """Replace operations whose schema hides what they write.
+
+    `native_batch_norm` and `cudnn_batch_norm` update the running statistics unannounced, which Inductor's
+    functional form would drop; `_native_batch_norm_legit` announces it.
+    """
+    nodes = tuple(new for node in graph.nodes for new in _REWRITES.get(node.target, _keep)(node))
+    return replace(graph, nodes=nodes)
+
+
+def _keep(node: Node) -> list[Node]:
+    return [node]
+
+
+def _rewrite_batch_norm(node: Node) -> list[Node]:
+    x, weight, bias, mean, variance, training, momentum, epsilon = node.arguments
+    if not training or mean is None:
+        return [node]
+    target = aten._native_batch_norm_legit.default
+    return [replace(node, target=target, arguments=(x, weight, bias, mean, variance, True, momentum, epsilon))]
+
+
+def _rewrite_cudnn_batch_norm(node: Node) -> list[Node]:
+    inner = replace(node, target=aten.native_batch_norm.default, results=node.results[:3])
+    reserve = Node("call", aten.new_zeros.default, (node.arguments[0], [0]), (("dtype", torch.uint8),), node.results[3:])
+    return [*_rewrite_batch_norm(inner), reserve]
+
+
+def _rewrite_cudnn_batch_norm_backward(node: Node) -> list[Node]:
+    x, gradient, weight, mean, variance, saved_mean, saved_inverse, epsilon, _reserve = node.arguments
+    arguments = (gradient, x, weight, mean, variance, saved_mean, saved_inverse, True, epsilon, [True, True, True])
+    return [replace(node, target=aten.native_batch_norm_backward.default, arguments=arguments)]
+
+
+_REWRITES: dict[Any, Callable[[Node], list[Node]]] = {
+    aten.native_batch_norm.default: _rewrite_batch_norm,
+    aten.cudnn_batch_norm.default: _rewrite_cudnn_batch_norm,
+    aten.cudnn_batch_norm_backward.default: _rewrite_cudnn_batch_norm_backward,
+}
+
+
+def compile_to_file(text: str, path: str, threads: int) -> None:
+    """Compile the graph that `text` shows and save the artifact at `path`. Raises `CompileFailed`.
+
+    Random operations keep eager's kernels and so eager's stream (`fallback_random`).
+    """
+    from torch._inductor import config, standalone_compile
+
+    graph = rewrite_for_inductor(parse(text))
+    module = lower_to_fx(graph)
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad(), config.patch({"fallback_random": True, "triton.cudagraphs": False}):
+            with torch._subclasses.FakeTensorMode():
+                examples = [_fake(value) for value in graph.inputs]
+            artifact = standalone_compile(module, examples, dynamic_shapes="from_example_inputs")
+            part = FilePath(path).with_suffix(".part")
+            artifact.save(path=str(part), format="binary")
+            part.replace(path)
+    except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and each means: keep the tier below
+        raise CompileFailed(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+def _fake(value: Value) -> torch.Tensor:
+    spec = value.spec
+    assert spec is not None
+    shape = [size for size in spec.shape if size is not None]
+    if spec.stride is None:
+        return torch.empty(shape, dtype=spec.dtype, device=spec.device)
+    return torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=spec.device)
+
+
+def piece_key(text: str) -> str:
+    """Name a piece by its text, so that equal pieces compile once."""
+    return hashlib.sha256(f"{torch.__version__} {torch.get_num_threads()}\n{text}".encode()).hexdigest()[:24]
+
+
+def piece_texts(program: Program) -> dict[str, str]:
+    """Return the texts of the pieces to compile by key. Raises `CompileFailed` if one has no text form."""
+    texts: dict[str, str] = {}
+    for pieces in split_pieces(program):
+        for piece in pieces:
+            if not is_left_alone(piece.nodes[0]):
+                text = _text(piece)
+                texts[piece_key(text)] = text
+    return texts
+
+
+def _text(piece: Graph) -> str:
+    try:
+        return show(replace(piece, nodes=tuple(replace(node, origin=None) for node in piece.nodes)))
+    except ValueError as error:
+        raise CompileFailed(str(error)) from error
+
+
+class InductorExecutable:
+    """Runs the pieces of each segment in order. Built from artifacts that exist already."""
+
+    backend = "inductor"
+    reuses_outputs = False
+
+    def __init__(self, program: Program, artifact: Callable[[str], Callable[..., Any]]) -> None:
+        """`artifact` returns the compiled callable of a piece by key."""
+        self._segments: list[list[tuple[Sequence[Value], Sequence[Value], Callable[..., Any]]]] = []
+        for pieces in split_pieces(program):
+            made: list[tuple[Sequence[Value], Sequence[Value], Callable[..., Any]]] = []
+            for piece in pieces:
+                run = lower_to_fx(piece).forward if is_left_alone(piece.nodes[0]) else artifact(piece_key(_text(piece)))
+                outputs = [value for value in piece.outputs if isinstance(value, Value)]
+                made.append((piece.inputs, outputs, run))
+            self._segments.append(made)
+
+    def launch(self, index: int, environment: Environment) -> None:
+        """Run segment `index`; see `Executable`."""
+        for inputs, outputs, run in self._segments[index]:
+            environment.update(zip(outputs, run(*[environment[value] for value in inputs]), strict=True))

@@ -1,0 +1,1 @@
+"""See every tensor operation of a unit as it happens, and merge what was seen into paths."""

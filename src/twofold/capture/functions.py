@@ -1,0 +1,94 @@
+"""What the recorder and the skeleton must know of PyTorch's functions: four closed tables.
+
+Everything not named here is an ordinary tensor call: it is recorded, checked and computed in the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+
+def _members(names: str) -> set[Any]:
+    return {getattr(torch.Tensor, name) for name in names.split() if hasattr(torch.Tensor, name)}
+
+
+def _getters(names: str) -> set[Any]:
+    return {getattr(torch.Tensor, name).__get__ for name in names.split() if hasattr(torch.Tensor, name)}
+
+
+METADATA: Final[frozenset[Any]] = frozenset(
+    _getters(
+        "shape dtype device layout ndim itemsize nbytes is_cuda is_cpu is_sparse is_meta is_quantized is_nested"
+        " is_mkldnn is_mps is_xpu is_xla is_ipu is_vulkan is_maia is_mtia is_sparse_csr names"
+    )
+    | _members(
+        "size dim stride numel nelement storage_offset is_contiguous is_floating_point is_complex element_size"
+        " __len__ __hash__ is_conj is_neg is_inference get_device is_signed ndimension has_names __dir__"
+        " is_same_size sparse_dim dense_dim"
+    )
+    | {
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.numel,
+        torch.is_same_size,
+        torch.is_conj,
+        torch.is_neg,
+        torch.is_inference,
+        torch.is_signed,
+        torch.result_type,
+        torch.can_cast,
+        torch.promote_types,
+        torch._C._set_grad_enabled,
+        torch.ops.profiler._record_function_enter_new,
+        torch.ops.profiler._record_function_exit._RecordFunction,
+    }
+)
+"""Answered at once, by a placeholder too: its shape, dtype, device and strides are true. Also mode switches."""
+
+HISTORY: Final[dict[Any, str]] = {
+    getter: name
+    for name in ("requires_grad", "is_leaf", "grad_fn", "retains_grad", "_version", "output_nr", "_base")
+    for getter in [getattr(torch.Tensor, name).__get__]
+}
+"""Reads of autograd's view of a tensor, which a placeholder does not have and the trace does."""
+
+FROM_HOST_DATA: Final[frozenset[Any]] = frozenset(
+    {
+        torch.tensor,
+        torch.as_tensor,
+        torch.asarray,
+        torch.from_numpy,
+        torch.frombuffer,
+        torch.from_file,
+        torch.from_dlpack,
+        torch.utils.dlpack.from_dlpack,
+        torch.Tensor.new_tensor,
+        torch.sparse_coo_tensor,
+    }
+)
+"""Make a tensor from Python or NumPy data. Python keeps doing that; what they return is brought in as a feed."""
+
+HOOKS: Final[frozenset[Any]] = frozenset(
+    _members("register_hook register_post_accumulate_grad_hook retain_grad")
+)
+"""Attach Python to the backward pass: a unit that calls one stays eager."""
+
+SETTERS: Final[frozenset[Any]] = frozenset(
+    {torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_, torch.Tensor.data.__set__, torch.Tensor.set_}  # type: ignore[attr-defined]
+    | _members("swap share_memory_ pin_memory detach_ rename_ resize_ resize_as_ module_load")
+)
+"""Change what a tensor is, not what it holds. Harmless on new tensors, not recordable on those of the unit."""
+
+PROPERTY_NAMES: Final[dict[Any, str]] = {
+    getattr(getattr(torch.Tensor, name), method): name
+    for name in ("grad", "data", "T", "mT", "H", "mH", "real", "imag")
+    for method in ("__get__", "__set__", "__delete__")
+    if hasattr(getattr(torch.Tensor, name), method)
+}
+
+
+def display_name(function: Any) -> str:
+    """Return a short name of a function for people, `grad` rather than `__get__`."""
+    return PROPERTY_NAMES.get(function) or getattr(function, "__name__", str(function))

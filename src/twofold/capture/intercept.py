@@ -1,0 +1,227 @@
+"""Where Twofold listens: the only file that knows PyTorch's modes, hooks and patch points.
+
+A `Listener` hears of every torch function called in its thread (function mode), of every ATen operation that
+reaches the dispatcher (dispatch mode: one that no function announced is foreign code at work), and of optimizers
+(global step hooks, and `zero_grad`, which else would read and write `.grad` once a parameter).
+
+Optimizers are skipped without patching their classes: a step pre-hook may replace the arguments of `step`, self
+included, so a listener answers with a stand-in that has no parameters and the real update stays undone.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import dataloader
+
+from twofold.graph import Origin
+
+NO_KEYWORDS: dict[str, Any] = {}
+
+
+class Listener(Protocol):
+    """Who is told what the program does. Calls come from the thread that entered `listening`."""
+
+    def call(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Answer a torch function. Modes are off for torch functions meanwhile, not for operations."""
+
+    def operation(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Answer an ATen operation. Operations of the autograd engine come from its own threads."""
+
+    def before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: Any) -> Any:
+        """Say with which arguments `step` shall run, or None for its own."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Take note that `step` has returned."""
+
+    def zero_grad(self, owner: Any, original: Callable[..., None], arguments: tuple[Any, ...], keywords: Any) -> None:
+        """Do, or record, `zero_grad` of an optimizer or module."""
+
+    def host_work(self) -> None:
+        """Take note that library code is about to run unheard, random numbers included."""
+
+
+class _Current(threading.local):
+    listener: Listener | None = None
+    mode: _FunctionMode | None = None
+
+
+_current = _Current()
+
+
+class _FunctionMode(TorchFunctionMode):
+    def __init__(self, listener: Listener) -> None:
+        super().__init__()
+        self.call = listener.call
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.call(func, args, kwargs or NO_KEYWORDS)
+
+
+class _DispatchMode(TorchDispatchMode):
+    def __init__(self, listener: Listener) -> None:
+        super().__init__()
+        self.operation = listener.operation
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.operation(func, args, kwargs or NO_KEYWORDS)
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True
+
+
+class Interception:
+    """Both modes of one listener, entered and left any number of times."""
+
+    def __init__(self, listener: Listener) -> None:
+        install_patches()
+        self._listener = listener
+        self._functions = _FunctionMode(listener)
+        self._operations = _DispatchMode(listener)
+        self.active = False
+
+    def start(self) -> None:
+        """Begin to listen in this thread. `torch.compile`d parts run as plain Python meanwhile."""
+        self._operations.__enter__()
+        self._functions.__enter__()
+        _current.listener = self._listener
+        self.active = True
+
+    def stop(self) -> bool:
+        """End listening. False, and still listening, if another mode was entered since and not left."""
+        if not self.active:
+            return True
+        stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[attr-defined]
+        if not stack or stack[-1] is not self._functions:
+            return False
+        self._functions.__exit__(None, None, None)
+        self._operations.__exit__(None, None, None)
+        _current.listener = None
+        self.active = False
+        return True
+
+
+def current_listener() -> Listener | None:
+    """Return who listens in this thread, if anyone does."""
+    return _current.listener
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Run Twofold's own tensor work so that no mode of this thread sees it."""
+    with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+        yield
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Let library code (a data loader) run as if nobody listened."""
+    listener = _current.listener
+    if listener is not None:
+        listener.host_work()
+    _current.listener = None
+    try:
+        with unheard():
+            yield
+    finally:
+        _current.listener = listener
+
+
+def _before_step(optimizer: Optimizer, arguments: Any, keywords: Any) -> Any:
+    listener = _current.listener
+    if listener is None:
+        return None
+    with torch._C.DisableTorchFunction():
+        return listener.before_step(optimizer, arguments, keywords)
+
+
+def _after_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
+    listener = _current.listener
+    if listener is not None:
+        with torch._C.DisableTorchFunction():
+            listener.after_step(optimizer)
+    for observer in tuple(_step_observers):
+        observer(optimizer)
+
+
+_step_observers: list[Callable[[Optimizer], None]] = []
+
+
+def observe_steps(observer: Callable[[Optimizer], None]) -> Callable[[], None]:
+    """Call `observer` after every `optimizer.step()` of the process, listening or not; return how to end that."""
+    install_patches()
+    _step_observers.append(observer)
+    return lambda: _step_observers.remove(observer)
+
+
+def _announce_zero_grad(owner_class: Any) -> None:
+    original = owner_class.zero_grad
+
+    @functools.wraps(original)
+    def zero_grad(self: Any, *arguments: Any, **keywords: Any) -> None:
+        listener = _current.listener
+        if listener is None:
+            original(self, *arguments, **keywords)
+        else:
+            with torch._C.DisableTorchFunction():
+                listener.zero_grad(self, original, arguments, keywords)
+
+    owner_class.zero_grad = zero_grad
+
+
+def _pause_in(owner: Any, name: str) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def unheard_method(self: Any) -> Any:
+        if _current.listener is None:
+            return original(self)
+        with paused():
+            return original(self)
+
+    setattr(owner, name, unheard_method)
+
+
+@functools.cache
+def install_patches() -> None:
+    """Put the hooks and patches in place, once a process. Without a listener they cost one attribute read."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+    _announce_zero_grad(Optimizer)
+    _announce_zero_grad(torch.nn.Module)
+    _pause_in(dataloader.DataLoader, "__iter__")
+    _pause_in(dataloader._BaseDataLoaderIter, "__next__")
+
+
+_OWN_CODE = tuple(
+    module.__path__[0] for module in (torch, sys.modules["twofold"])
+)
+
+
+def user_origin() -> Origin | None:
+    """Return the innermost line of the running stack that is neither PyTorch's nor Twofold's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if not code.co_filename.startswith(_OWN_CODE) and not code.co_filename.startswith("<"):
+            return Origin(code.co_filename, frame.f_lineno, code.co_name)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

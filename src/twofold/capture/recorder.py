@@ -1,0 +1,501 @@
+"""Record one unit while it runs eagerly: user's Python in, `Trace` out.
+
+The program's own results are never touched: every call runs as it would have, and only weak references to its
+tensors are kept, so that memory is freed when eager execution frees it. A unit that cannot run as a graph gets a
+`Refusal`; from there on nothing is recorded and everything still runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import Optimizer
+
+from twofold.graph import Ambient, Origin, TensorSpec
+
+from .functions import FROM_HOST_DATA, HISTORY, HOOKS, METADATA, SETTERS, display_name
+from .intercept import user_origin
+from .trace import (
+    Event,
+    EventKind,
+    External,
+    Gradient,
+    Made,
+    Number,
+    Operation,
+    Refusal,
+    Slot,
+    Trace,
+    leaves,
+    map_leaves,
+)
+
+MAX_EVENTS = 20_000
+"""A unit longer than this is not a training step: recording it costs more than it can give back."""
+
+_DYNAMIC_TAGS = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
+_TENSOR = torch.Tensor
+
+
+def current_ambient() -> Ambient:
+    """Describe the modes of this thread under which an operation would run."""
+    autocast = tuple(
+        (device, torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    )
+    return Ambient(
+        grad=torch.is_grad_enabled(),
+        inference=torch.is_inference_mode_enabled(),
+        autocast=autocast,
+        autocast_cache=torch.is_autocast_cache_enabled(),
+    )
+
+
+def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Identify the memory a tensor shows: equal keys of live storages alias each other exactly."""
+    return (
+        tensor.untyped_storage()._cdata,
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+class Recorder:
+    """Listens to one unit. Mutable; `finish` hands out the trace and ends its life."""
+
+    def __init__(self, host_device_only: bool, host_sites: frozenset[tuple[Any, Origin | None]]) -> None:
+        """Start with nothing seen.
+
+        `host_device_only`: the program computes on an accelerator, so calls on CPU tensors alone are Python's.
+        `host_sites`: calls (function, line) that Python keeps doing, because their arguments never repeat.
+        """
+        self.trace = Trace()
+        self._leave_cpu_to_python = host_device_only
+        self._host_sites = host_sites
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._storages: dict[int, StorageWeakRef] = {}
+        self._references: dict[int, Slot | External] = {}
+        self._alive: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._operations: list[Operation] = []
+        self._announced = 0
+        self._optimizer: Optimizer | None = None
+        self._step_gradients: tuple[Number | None, ...] = ()
+        self._state_size = 0
+        self._freed: dict[Any, None] = {}
+        self._entry_gradients: dict[int, torch.Tensor | None] = {}
+        self._leaves: dict[int, torch.Tensor] = {}
+        self._random_state = torch.get_rng_state()
+        self._cuda_random = _cuda_offset()
+
+    # ---- what the listener hears -------------------------------------------------------------------------
+
+    def call(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Run a torch function and record it."""
+        if self.trace.refusal or self._announced or function in METADATA or function in FROM_HOST_DATA:
+            return self._run_announced(function, arguments, keywords)
+        if function in HISTORY:
+            if HISTORY[function] not in ("requires_grad", "is_leaf") and self._is_made_here(arguments[0]):
+                self._refuse("unsupported_call", f"reads .{HISTORY[function]} of an intermediate tensor")
+            return function(*arguments, **keywords)
+        if self._refuses(function, arguments):
+            return function(*arguments, **keywords)
+        return self.record("call", function, arguments, keywords, user_origin())
+
+    def record(
+        self,
+        kind: EventKind,
+        function: Any,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        origin: Origin | None,
+    ) -> Any:
+        """Run `function` and append it as an event, unless it turns out to be Python's own business."""
+        given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
+        if self._is_host_call(function, given, origin):
+            result = self._run_announced(function, arguments, keywords)
+            self._operations.clear()
+            return result
+        ambient = current_ambient()
+        self._note_leaves(given)
+        templates = self._templates(arguments, keywords)
+        if function is _TENSOR.backward or function is torch.autograd.grad or function is torch.autograd.backward:
+            self._note_backward(arguments, keywords, origin)
+        result = self._run_announced(function, arguments, keywords)
+        operations, self._operations = tuple(self._operations), []
+        made: list[torch.Tensor] = leaves(result, _TENSOR)
+        if kind == "call" and self._is_fetch(function, given, made, result):
+            if not given or not self._touches_unit(given):
+                return result
+            kind = "fetch"
+        if self._is_cpu_work(given, made, operations):
+            return result
+        self._append(kind, function, templates, result, ambient, origin, operations)
+        return result
+
+    def operation(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Run an ATen operation and record it beneath the call that announced it."""
+        result = target(*arguments, **keywords)
+        if self.trace.refusal is not None:
+            return result
+        if not self._announced:
+            if any(self._is_known_memory(t) for t in leaves((arguments, keywords), _TENSOR)):
+                self._refuse("foreign_operation", f"{target} ran beneath no call of a torch function")
+            return result
+        if target.namespace == "profiler":
+            return result
+        if not _DYNAMIC_TAGS.isdisjoint(target.tags) or _indexes_by_mask(target, arguments):
+            if target is not torch.ops.aten._local_scalar_dense.default:
+                self._refuse("data_dependent_shape", f"{target} yields a shape that depends on values")
+            return result
+        self._operations.append(self._describe(target, arguments, keywords, result))
+        return result
+
+    def before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: Any) -> None:
+        """Begin to record `step` as one event; it runs for real."""
+        if self.trace.refusal is None:
+            if len(arguments) > 1 or keywords:
+                self._refuse("unsupported_call", "optimizer.step takes a closure, which runs the model itself")
+            self._note_leaves(parameters_of(optimizer))
+        self._step_gradients = tuple(
+            None if p.grad is None else self._operand(p.grad) for p in parameters_of(optimizer)
+        )
+        self._state_size = _state_size(optimizer)
+        self._optimizer = optimizer
+        self._announced += 1
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """End the event begun by `before_step`."""
+        if self._optimizer is not optimizer:
+            return
+        self._optimizer = None
+        self._announced -= 1
+        operations, self._operations = tuple(self._operations), []
+        if self.trace.refusal is None:
+            if _state_size(optimizer) != self._state_size:
+                self.trace.makes_state = True
+            templates = ((optimizer,), {})
+            self._append(
+                "optimizer",
+                type(optimizer).step,
+                templates,
+                self._step_gradients,
+                current_ambient(),
+                user_origin(),
+                operations,
+            )
+
+    def zero_grad(
+        self, owner: Any, original: Callable[..., None], arguments: tuple[Any, ...], keywords: Any
+    ) -> None:
+        """Run `zero_grad` of an optimizer or module as one event."""
+        if self.trace.refusal or self._announced:
+            original(owner, *arguments, **keywords)
+            return
+        self._note_leaves(parameters_of(owner))
+        self._run_announced(original, (owner, *arguments), keywords)
+        operations, self._operations = tuple(self._operations), []
+        self._append(
+            "zero_grad",
+            original,
+            ((owner, *arguments), dict(keywords)),
+            None,
+            current_ambient(),
+            user_origin(),
+            operations,
+        )
+
+    def refuse(self, code: str, reason: str, origin: Origin | None) -> None:
+        """Stop recording for a reason found elsewhere."""
+        self._refuse(code, reason, origin)
+
+    # ---- replaying a prefix that the skeleton had already walked -----------------------------------------
+
+    def repeat(self, event: Event, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Run a validated event for real, as part of the trace, at its old origin."""
+        if event.kind == "optimizer":
+            optimizer = arguments[0]
+            self.before_step(optimizer, (optimizer,), {})
+            try:
+                getattr(event.function, "__wrapped__", event.function)(optimizer)
+            finally:
+                self.after_step(optimizer)
+            return None
+        if event.kind == "zero_grad":
+            self.zero_grad(arguments[0], event.function, arguments[1:], keywords)
+            return None
+        if self.trace.refusal:
+            return event.function(*arguments, **keywords)
+        return self.record("call", event.function, arguments, keywords, event.origin)
+
+    def append_fetch(self, event: Event, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Add a fetch whose value Python already has."""
+        if self.trace.refusal is None:
+            templates = self._templates(arguments, keywords)
+            self._append("fetch", event.function, templates, None, event.ambient, event.origin, ())
+
+    def rename(self, tensor: torch.Tensor, placeholder: torch.Tensor) -> None:
+        """Take note that `placeholder` is now the object that `tensor` was."""
+        reference = self._references.pop(id(tensor), None)
+        self._alive.pop(id(tensor), None)
+        if reference is not None:
+            self._remember(placeholder, reference)
+
+    # ---- the end -----------------------------------------------------------------------------------------
+
+    def has_live_history(self) -> bool:
+        """Whether a tensor that is alive carries autograd history that no backward has freed."""
+        return any(
+            _history(tensor, self._freed) == "live"
+            for reference in self._alive.values()
+            if (tensor := reference()) is not None
+        )
+
+    def finish(self) -> Trace:
+        """Close the trace: what escaped, which gradients are left, whether random numbers were drawn."""
+        trace = self.trace
+        for identity, reference in self._references.items():
+            tensor = self._alive[identity]() if isinstance(reference, Slot) else None
+            if tensor is not None and isinstance(reference, Slot):
+                trace.escapes[reference.index] = _history(tensor, self._freed)
+        if trace.refusal is None:
+            for leaf in self._leaves.values():
+                trace.gradients.append(
+                    Gradient(leaf, self._number_if_known(self._entry_gradients[id(leaf)]), self._exit_gradient(leaf))
+                )
+        moved = not torch.equal(self._random_state, torch.get_rng_state())
+        trace.uses_random = moved or self._cuda_random != _cuda_offset()
+        self._alive.clear()
+        self._freed.clear()
+        return trace
+
+    # ---- inside ------------------------------------------------------------------------------------------
+
+    def _run_announced(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        self._announced += 1
+        try:
+            return function(*arguments, **keywords)
+        except BaseException:
+            self._operations.clear()
+            raise
+        finally:
+            self._announced -= 1
+
+    def _refuse(self, code: str, reason: str, origin: Origin | None = None) -> None:
+        if self.trace.refusal is None:
+            self.trace.refusal = Refusal(code, reason, origin or user_origin())
+
+    def _refuses(self, function: Any, arguments: tuple[Any, ...]) -> bool:
+        if function in HOOKS:
+            self._refuse("tensor_hook", f"{display_name(function)} on a tensor of the unit")
+        elif function in SETTERS and (
+            self._is_made_here(arguments[0]) or self._is_known_memory(arguments[0])
+        ):
+            self._refuse("unsupported_call", f"{display_name(function)} changes a tensor of the unit")
+        elif function in SETTERS:
+            return True
+        elif len(self.trace.events) >= MAX_EVENTS:
+            self._refuse("too_large", f"more than {MAX_EVENTS} tensor calls in one unit")
+        return self.trace.refusal is not None
+
+    def _is_made_here(self, tensor: Any) -> bool:
+        return isinstance(self._references.get(id(tensor)), Slot) and self._alive[id(tensor)]() is tensor
+
+    def _is_known_memory(self, tensor: torch.Tensor) -> bool:
+        try:
+            cdata = tensor.untyped_storage()._cdata
+        except (RuntimeError, NotImplementedError):  # sparse and other tensors without a storage
+            return False
+        return cdata in self._storages
+
+    def _touches_unit(self, tensors: list[torch.Tensor]) -> bool:
+        return any(self._is_known_memory(tensor) or tensor.requires_grad for tensor in tensors)
+
+    def _is_host_call(self, function: Any, given: list[torch.Tensor], origin: Origin | None) -> bool:
+        return (function, origin) in self._host_sites and not any(map(self._is_made_here, given))
+
+    def _is_cpu_work(
+        self, given: list[torch.Tensor], made: list[torch.Tensor], operations: tuple[Operation, ...]
+    ) -> bool:
+        """Whether a call of an accelerator program is Python's: it computed on the CPU, or brought data over."""
+        if not self._leave_cpu_to_python or any(map(self._is_made_here, given)):
+            return False
+        if given:
+            return all(tensor.device.type == "cpu" for tensor in given)
+        return bool(made) and all(tensor.device.type == "cpu" for tensor in made)
+
+    def _is_fetch(
+        self, function: Any, given: list[torch.Tensor], made: list[torch.Tensor], result: Any
+    ) -> bool:
+        if made:
+            crossed = any(t.device.type != "cpu" for t in given) and all(t.device.type == "cpu" for t in made)
+            return crossed and self._leave_cpu_to_python
+        return result is not None or function is _TENSOR.__repr__
+
+    def _note_leaves(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.is_leaf and id(tensor) not in self._leaves and tensor.requires_grad:
+                self._leaves[id(tensor)] = tensor
+                self._entry_gradients[id(tensor)] = tensor.grad
+                if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+                    self._refuse("tensor_hook", "a parameter has a gradient hook")
+
+    def _note_backward(self, arguments: tuple[Any, ...], keywords: dict[str, Any], origin: Origin | None) -> None:
+        keeps = bool(keywords.get("retain_graph") or keywords.get("create_graph"))
+        roots: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
+        pending = [root.grad_fn for root in roots if root.grad_fn is not None]
+        seen: dict[Any, None] = {}
+        while pending:
+            function = pending.pop()
+            if function in seen:
+                continue
+            seen[function] = None
+            if isinstance(function, torch.autograd.function.BackwardCFunction):
+                self._refuse("autograd_function", f"{type(function).__name__} runs Python in backward", origin)
+            variable = getattr(function, "variable", None)
+            if variable is not None:
+                self._note_leaves((variable,))
+            pending.extend(edge for edge, _ in function.next_functions if edge is not None)
+        if not keeps:
+            self._freed.update(seen)
+
+    def _number(self, tensor: torch.Tensor) -> tuple[int, bool]:
+        """Return the value number of a tensor, and whether it was new."""
+        key = memory_key(tensor)
+        number = self._numbers.get(key)
+        if number is not None:
+            return number, False
+        number = len(self.trace.specs)
+        self._numbers[key] = number
+        self.trace.specs.append(replace(TensorSpec.of(tensor), requires_grad=False))
+        storage = tensor.untyped_storage()
+        # Invariant: a weak reference keeps the address of a freed storage from being used again, so a key
+        # never names two pieces of memory within one trace.
+        self._storages.setdefault(storage._cdata, StorageWeakRef(storage))
+        return number, True
+
+    def _number_if_known(self, tensor: torch.Tensor | None) -> int | None:
+        return None if tensor is None else self._numbers.get(memory_key(tensor), -1)
+
+    def _exit_gradient(self, leaf: torch.Tensor) -> int | None:
+        gradient = leaf.grad
+        if gradient is not None and gradient is self._entry_gradients[id(leaf)]:
+            return self._number_if_known(gradient)
+        number = self._number_if_known(gradient)
+        if number == -1:
+            self._refuse("unsupported_call", "a gradient came from outside the unit")
+        return number
+
+    def _describe(self, target: Any, arguments: Any, keywords: Any, result: Any) -> Operation:
+        templates = map_leaves((tuple(arguments), dict(keywords)), _TENSOR, self._operand)
+        results = tuple(self._number(tensor)[0] for tensor in leaves(result, _TENSOR))
+        return Operation(target, *templates, results)
+
+    def _operand(self, tensor: torch.Tensor) -> Any:
+        try:
+            number, new = self._number(tensor)
+        except (RuntimeError, NotImplementedError):
+            self._refuse("unsupported_call", f"a {tensor.layout} tensor")
+            return None
+        if new:
+            self.trace.hidden[number] = tensor.detach()
+        return Number(number)
+
+    def _templates(self, arguments: Any, keywords: Any) -> tuple[Any, Any]:
+        return map_leaves((tuple(arguments), dict(keywords)), _TENSOR, self._reference)
+
+    def _reference(self, tensor: torch.Tensor) -> Slot | External:
+        reference = self._references.get(id(tensor))
+        if reference is not None and self._alive[id(tensor)]() is tensor:
+            return reference
+        reference = External(len(self.trace.externals))
+        try:
+            number, _ = self._number(tensor)
+        except (RuntimeError, NotImplementedError):
+            self._refuse("unsupported_call", f"a {tensor.layout} tensor")
+            number = -1
+        self.trace.externals.append(tensor)
+        self.trace.external_numbers.append(number)
+        self.trace.hidden.pop(number, None)
+        self._remember(tensor, reference)
+        return reference
+
+    def _remember(self, tensor: torch.Tensor, reference: Slot | External) -> None:
+        self._references[id(tensor)] = reference
+        self._alive[id(tensor)] = weakref.ref(tensor)
+
+    def _append(
+        self,
+        kind: EventKind,
+        function: Any,
+        templates: tuple[Any, Any],
+        result: Any,
+        ambient: Ambient,
+        origin: Origin | None,
+        operations: tuple[Operation, ...],
+    ) -> None:
+        if self.trace.refusal is not None:
+            return
+        made: list[Made] = []
+        first = len(self.trace.slot_numbers)
+
+        def outcome(tensor: torch.Tensor) -> Any:
+            known = self._references.get(id(tensor))
+            if known is not None and self._alive[id(tensor)]() is tensor:
+                return known
+            number = self._number_if_known(tensor)
+            if number == -1 or number is None:
+                entry = next((n for n in self._entry_gradients.values() if n is tensor), None)
+                if entry is None:
+                    self._refuse("unsupported_call", f"{display_name(function)} returned an unknown tensor", origin)
+                    return None
+                number, _ = self._number(tensor)
+            slot = Slot(len(self.trace.slot_numbers))
+            self.trace.slot_numbers.append(number)
+            grad_function = None if tensor.grad_fn is None else type(tensor.grad_fn).__name__
+            made.append(Made(TensorSpec.of(tensor), tensor.is_leaf, grad_function))
+            self._remember(tensor, slot)
+            return slot
+
+        template = None if kind == "fetch" else map_leaves(result, _TENSOR, outcome)
+        self.trace.events.append(
+            Event(kind, function, *templates, template, tuple(made), first, ambient, origin, operations)
+        )
+
+
+def parameters_of(owner: Any) -> list[torch.Tensor]:
+    """Return the parameters of an optimizer or a module."""
+    if isinstance(owner, Optimizer):
+        return [parameter for group in owner.param_groups for parameter in group["params"]]
+    return list(owner.parameters())
+
+
+def _state_size(optimizer: Optimizer) -> int:
+    return sum(value is not None for state in optimizer.state.values() for value in state.values())
+
+
+def _history(tensor: torch.Tensor, freed: dict[Any, None]) -> str:
+    if tensor.grad_fn is None:
+        return "none"
+    return "freed" if tensor.grad_fn in freed else "live"
+
+
+def _indexes_by_mask(target: Any, arguments: tuple[Any, ...]) -> bool:
+    if target is not torch.ops.aten.index.Tensor:
+        return False
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1])
+
+
+def _cuda_offset() -> int:
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return 0
+    return torch.cuda.default_generators[torch.cuda.current_device()].get_offset()

@@ -1,0 +1,192 @@
+"""A `Trace`: one unit as it happened, in two layers that name the same memory.
+
+- `Event`s are what the user's Python asked for (torch functions, one `backward()`, one `optimizer.step()`). The
+  skeleton checks itself against them.
+- `Operation`s are the ATen operations that ran beneath, those of the autograd engine included. Graphs are built
+  from them, so a graph needs neither the engine nor a second run of the program.
+
+Tensors appear in events as `Slot` (made in this unit) or `External` (brought in), and in operations as value
+numbers. A value number stands for a piece of memory: storage, offset, shape and stride. Two tensors that alias the
+same memory in the same way are one value, and an in-place operation makes no new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from twofold.graph import Ambient, Origin, TensorSpec
+
+from .functions import display_name
+
+Template = Any
+"""Arguments or results with each tensor replaced by a `Slot` or an `External`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The `index`-th tensor made by the calls of a unit."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class External:
+    """The `index`-th tensor that a unit was given: a parameter, a buffer, a batch."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A value number inside the arguments of an operation."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What Python can see of a tensor made by a call, besides its contents."""
+
+    spec: TensorSpec
+    is_leaf: bool
+    grad_function: str | None
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.spec.requires_grad
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operation:
+    """One ATen operation: arguments with `Number`s for tensors, and the value numbers of its tensor results."""
+
+    target: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    results: tuple[int, ...]
+
+    def reads(self) -> Iterator[int]:
+        """Yield the value numbers among the arguments."""
+        yield from numbers_in(self.arguments)
+        yield from numbers_in(self.keywords)
+
+    def writes(self) -> Iterator[int]:
+        """Yield the value numbers that the operation changes in place, by its schema."""
+        for index, argument in enumerate(self.target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = self.arguments[index] if index < len(self.arguments) else self.keywords.get(argument.name)
+                yield from numbers_in(given)
+
+
+EventKind = Literal["call", "fetch", "optimizer", "zero_grad"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Event:
+    """One call by the user's Python, with the operations that ran beneath it.
+
+    `outcome` is the template of what it returned; for an optimizer's step, the value numbers of the gradients of
+    its parameters, in order. Empty for a fetch, whose value differs each time.
+    """
+
+    kind: EventKind
+    function: Callable[..., Any]
+    arguments: Template
+    keywords: Template
+    outcome: Template
+    made: tuple[Made, ...]
+    first_slot: int
+    ambient: Ambient
+    origin: Origin | None
+    operations: tuple[Operation, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the called function, for people."""
+        return display_name(self.function)
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """`.grad` of a leaf before and after the unit, as value numbers; None where there is no gradient."""
+
+    leaf: torch.Tensor
+    entry: int | None
+    exit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a unit cannot run as a graph: a code of `errors.CODES`, one sentence, and the line."""
+
+    code: str
+    reason: str
+    origin: Origin | None
+
+
+@dataclass(slots=True)
+class Trace:
+    """A recorded unit. Written by a `Recorder`, read-only afterwards."""
+
+    events: list[Event] = field(default_factory=list)
+    externals: list[torch.Tensor] = field(default_factory=list)
+    external_numbers: list[int] = field(default_factory=list)
+    slot_numbers: list[int] = field(default_factory=list)
+    specs: list[TensorSpec] = field(default_factory=list)
+    """The spec of each value number."""
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Values that came in beneath the calls: optimizer state, constants made by PyTorch itself."""
+    gradients: list[Gradient] = field(default_factory=list)
+    escapes: dict[int, str] = field(default_factory=dict)
+    """Slots that outlived the unit, with the state of their autograd history: none, freed or live."""
+    uses_random: bool = False
+    makes_state: bool = False
+    """Whether an optimizer made its state in this unit, so that the next step will do something else."""
+    refusal: Refusal | None = None
+
+
+def numbers_in(argument: Any) -> Iterator[int]:
+    """Yield the value numbers inside nested arguments."""
+    kind = type(argument)
+    if kind is Number:
+        yield argument.index
+    elif kind is tuple or kind is list:
+        for item in argument:
+            yield from numbers_in(item)
+    elif kind is dict:
+        for item in argument.values():
+            yield from numbers_in(item)
+
+
+def map_leaves(argument: Any, leaf: type | tuple[type, ...], function: Callable[[Any], Any]) -> Any:
+    """Return a copy of nested arguments with each instance of `leaf` replaced; containers keep their type."""
+    if isinstance(argument, leaf):
+        return function(argument)
+    kind = type(argument)
+    if kind is tuple:
+        return tuple([map_leaves(item, leaf, function) for item in argument])
+    if kind is list:
+        return [map_leaves(item, leaf, function) for item in argument]
+    if kind is dict:
+        return {key: map_leaves(item, leaf, function) for key, item in argument.items()}
+    if kind is slice:
+        return slice(*(map_leaves(item, leaf, function) for item in (argument.start, argument.stop, argument.step)))
+    if isinstance(argument, tuple):  # named tuples, torch.return_types
+        items = [map_leaves(item, leaf, function) for item in argument]
+        return kind(items) if kind.__module__ == "torch.return_types" else _rebuild_tuple(kind, items)
+    return argument
+
+
+def _rebuild_tuple(kind: type, items: list[Any]) -> Any:
+    return kind(*items) if hasattr(kind, "_fields") else tuple.__new__(kind, items)
+
+
+def leaves(argument: Any, leaf: type | tuple[type, ...]) -> list[Any]:
+    """Return the instances of `leaf` inside nested arguments, in order."""
+    found: list[Any] = []
+    map_leaves(argument, leaf, found.append)
+    return found

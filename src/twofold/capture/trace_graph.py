@@ -1,0 +1,437 @@
+"""`TraceGraph`: the traces of one program merged by their common prefixes (Terra, section 4.1).
+
+A node is one event. Two events are the same node if function, attributes, dataflow and ambient state agree; where
+they differ, the graph forks. Each leaf ends a `Path`: one way through a unit, which can be run as a graph.
+
+Tensors from outside are `static` (the same object each time: parameters, buffers) or `feed`s (a batch: any tensor
+of the right spec). Only what was seen twice as the same object, or is a parameter, is static; an object that turns
+out to change becomes a feed, and the paths through it are built again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from twofold.graph import Origin, TensorSpec
+
+from .recorder import memory_key
+from .trace import Event, External, Slot, Trace, leaves, map_leaves
+
+Bound = dict[int, torch.Tensor]
+Match = Callable[[tuple[Any, ...], dict[str, Any], list[torch.Tensor], Bound], bool]
+
+MAX_SITE_VARIANTS = 3
+"""So many different constants at one line, in one place of the graph, and Python keeps making that call."""
+
+_PLACEHOLDER = "_twofold_made"
+
+
+def mark_placeholder(tensor: torch.Tensor, made: Any) -> None:
+    """Mark a tensor as standing for a result that Python does not have yet."""
+    setattr(tensor, _PLACEHOLDER, made)
+
+
+def unmark_placeholder(tensor: torch.Tensor) -> None:
+    """Make a tensor an ordinary one again."""
+    delattr(tensor, _PLACEHOLDER)
+
+
+def is_placeholder(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for a result that Python does not have yet."""
+    return hasattr(tensor, _PLACEHOLDER)
+
+
+@dataclass(slots=True)
+class Role:
+    """How a unit gets one of its external tensors. `tensor` is None for a feed."""
+
+    tensor: torch.Tensor | None
+    spec: TensorSpec
+    is_parameter: bool
+    storages: dict[int, None]
+    """Storages of statics, shared by all roles of a TraceGraph: a feed must not alias one."""
+
+    def accepts(self, tensor: Any) -> bool:
+        """Whether a tensor may be fed here."""
+        spec = self.spec
+        return (
+            isinstance(tensor, torch.Tensor)
+            and not is_placeholder(tensor)
+            and tensor.dtype == spec.dtype
+            and tensor.shape == spec.shape
+            and tensor.device == spec.device
+            and tensor.requires_grad == spec.requires_grad
+            and tensor.grad_fn is None
+            and (tensor.is_contiguous() if spec.stride is None else tensor.stride() == spec.stride)
+            and tensor.untyped_storage()._cdata not in self.storages
+        )
+
+
+@dataclass(eq=False)
+class Path:
+    """One way through a unit. `trace` is its latest recording; `program` and `executable` belong to the builder."""
+
+    nodes: tuple[PathNode, ...]
+    trace: Trace
+    seen: int = 1
+    stale: bool = True
+    """Whether a graph must be built, or built again, before the path can run as one."""
+    program: Any = None
+    executable: Any = None
+    blocked: str | None = None
+    """Why the path stays eager for good, if it does."""
+    units: int = 0
+    """How often it ran as a graph."""
+    kept: set[int] = field(default_factory=set[int])
+    """Slots seen alive at the end of the unit: grows, never shrinks."""
+
+    @property
+    def call_count(self) -> int:
+        return len(self.nodes)
+
+
+class PathNode:
+    """One event in the merged graph. Mutable: forks grow, roles relax, the skeleton caches placeholders here."""
+
+    __slots__ = (
+        "ambient",
+        "children",
+        "depth",
+        "end",
+        "event",
+        "first_external",
+        "function",
+        "grad",
+        "latest",
+        "match",
+        "parent",
+        "placeholders",
+        "roles",
+    )
+
+    def __init__(self, event: Event | None, parent: PathNode | None, roles: list[Role], first: int) -> None:
+        self.event = event
+        self.parent = parent
+        self.depth = -1 if parent is None else parent.depth + 1
+        self.roles = roles
+        self.first_external = first
+        self.children: list[PathNode] = []
+        self.end: Path | None = None
+        self.latest: Path | None = None
+        self.placeholders: list[torch.Tensor | None] = []
+        if event is not None:
+            self.function = event.function
+            self.grad = event.ambient.grad
+            self.ambient = event.ambient
+            self.placeholders = [None] * len(event.made)
+            self.match: Match = build_match(event, self.role_of)
+
+    def role_of(self, index: int) -> tuple[Role, bool]:
+        """Return the role of an external, and whether it is first used here."""
+        node: PathNode = self
+        while index < node.first_external:
+            assert node.parent is not None
+            node = node.parent
+        return node.roles[index - node.first_external], node is self
+
+    def walk_back(self) -> Iterator[PathNode]:
+        """Yield this node and those before it, the root left out."""
+        node: PathNode | None = self
+        while node is not None and node.event is not None:
+            yield node
+            node = node.parent
+
+
+Signature = tuple[Any, ...]
+
+
+class TraceGraph:
+    """All paths of one program, below one root for each state in which a unit can begin."""
+
+    def __init__(self) -> None:
+        self.roots: dict[Signature, PathNode] = {}
+        self.paths: list[Path] = []
+        self._leaves: dict[int, torch.Tensor] = {}
+        self.host_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
+        self.has_accelerator = False
+        self._static_storages: dict[int, None] = {}
+
+    def clear(self) -> None:
+        """Forget all paths; what was learned about sites and devices stays."""
+        self.roots.clear()
+        self.paths.clear()
+        self._static_storages.clear()
+
+    def signature(self) -> Signature:
+        """Describe the state in which a unit begins, as far as a path depends on it.
+
+        For each leaf known to get gradients: whether it has one, requires one, and runs hooks. Then the switches
+        of PyTorch that choose kernels.
+        """
+        return (_switches(), *[_leaf_state(leaf) for leaf in self._leaves.values()])
+
+    def root(self, signature: Signature) -> PathNode:
+        """Return the root for units that begin so."""
+        root = self.roots.get(signature)
+        if root is None:
+            root = self.roots[signature] = PathNode(None, None, [], 0)
+        return root
+
+    def _complete(self, signature: Signature, trace: Trace) -> Signature:
+        """Extend a signature by the leaves that its own unit was the first to show."""
+        added = [g for g in trace.gradients if id(g.leaf) not in self._leaves]
+        if not added:
+            return signature
+        self.clear()
+        self._leaves.update((id(g.leaf), g.leaf) for g in added)
+        return (*signature, *[(g.entry is None, g.leaf.requires_grad, False) for g in added])
+
+    def merge(self, trace: Trace, signature: Signature) -> Path | None:
+        """Add a trace of a unit that began so; return its path.
+
+        None if it only taught something about the program: record again.
+        """
+        signature = self._complete(signature, trace)
+        if not self.has_accelerator and any(spec.device.type == "cuda" for spec in trace.specs):
+            self.has_accelerator = True
+            if any(spec.device.type == "cpu" for spec in trace.specs):
+                self.clear()
+                return None
+        node = root = self.root(signature)
+        nodes: list[PathNode] = []
+        for event in trace.events:
+            child = next((c for c in node.children if self._is_same(c, event, trace)), None)
+            if child is None:
+                if self._learn_site(node, event, trace):
+                    self.clear()
+                    return None
+                child = self._grow(node, event, trace)
+            node = child
+            nodes.append(node)
+        if node.end is None:
+            node.end = Path(tuple(nodes), trace)
+            self.paths.append(node.end)
+        else:
+            node.end.seen += 1
+            node.end.trace = trace
+        node.end.kept |= trace.escapes.keys()
+        for passed in (root, *nodes):
+            passed.latest = node.end
+        return node.end
+
+    def _grow(self, parent: PathNode, event: Event, trace: Trace) -> PathNode:
+        first = parent.first_external + len(parent.roles)
+        fresh = sorted({e.index for e in leaves((event.arguments, event.keywords), External) if e.index >= first})
+        roles = [self._role(trace, index) for index in fresh]
+        node = PathNode(event, parent, roles, first)
+        parent.children.append(node)
+        return node
+
+    def _role(self, trace: Trace, index: int) -> Role:
+        tensor = trace.externals[index]
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        self._static_storages[tensor.untyped_storage()._cdata] = None
+        return Role(tensor, TensorSpec.of(tensor), is_parameter, self._static_storages)
+
+    def _is_same(self, node: PathNode, event: Event, trace: Trace) -> bool:
+        known = node.event
+        assert known is not None
+        if (
+            known.kind != event.kind
+            or known.function != event.function
+            or known.ambient != event.ambient
+            or known.made != event.made
+            or not equal_templates(known.arguments, event.arguments)
+            or not equal_templates(known.keywords, event.keywords)
+        ):
+            return False
+        return all(
+            self._admits(node, role, trace.externals[node.first_external + offset])
+            for offset, role in enumerate(node.roles)
+        )
+
+    def _admits(self, node: PathNode, role: Role, tensor: torch.Tensor) -> bool:
+        if role.tensor is tensor:
+            return True
+        if role.is_parameter or isinstance(tensor, torch.nn.Parameter) or TensorSpec.of(tensor) != role.spec:
+            return False
+        if role.tensor is not None:
+            self._relax(node, role)
+        return True
+
+    def _relax(self, node: PathNode, role: Role) -> None:
+        assert role.tensor is not None
+        self._static_storages.pop(role.tensor.untyped_storage()._cdata, None)
+        role.tensor = None
+        for path in self.paths:
+            if node in path.nodes:
+                path.stale = True
+                for user in path.nodes:
+                    assert user.event is not None
+                    user.match = build_match(user.event, user.role_of)
+
+    def _learn_site(self, parent: PathNode, event: Event, trace: Trace) -> bool:
+        """Whether `event` differs from its siblings in constants alone, too often: then it becomes a host site."""
+        if leaves((event.arguments, event.keywords), Slot) or any(op.target._schema.is_mutable for op in event.operations):
+            return False
+        if not event.made or any(t.requires_grad for t in _externals_of(event, trace)):
+            return False
+        siblings = [
+            c
+            for c in parent.children
+            if c.event is not None and c.event.function == event.function and c.event.origin == event.origin
+        ]
+        if len(siblings) + 1 < MAX_SITE_VARIANTS:
+            return False
+        self.host_sites |= {(event.function, event.origin)}
+        return True
+
+
+def _switches() -> tuple[Any, ...]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_default_dtype(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+    )
+
+
+def _leaf_state(leaf: torch.Tensor) -> tuple[bool, bool, bool]:
+    hooked = bool(leaf._backward_hooks) or bool(getattr(leaf, "_post_accumulate_grad_hooks", None))
+    return leaf.grad is None, leaf.requires_grad, hooked
+
+
+def _externals_of(event: Event, trace: Trace) -> list[torch.Tensor]:
+    return [trace.externals[e.index] for e in leaves((event.arguments, event.keywords), External)]
+
+
+def equal_templates(left: Any, right: Any) -> bool:
+    """Whether two templates agree in structure, references and constants (types and signs of zero included)."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, tuple | list):
+        return len(left) == len(right) and all(map(equal_templates, left, right))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal_templates(left[key], right[key]) for key in left)
+    if isinstance(left, slice):
+        return equal_templates((left.start, left.stop, left.step), (right.start, right.stop, right.step))
+    if isinstance(left, float):
+        return left == right and str(left) == str(right)
+    if left is right:
+        return True
+    return _is_plain(left) and bool(left == right)
+
+
+_PLAIN = (
+    bool, int, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
+    torch.Size, Slot, External, type(Ellipsis), range,
+)  # fmt: skip
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN)
+
+
+class _Emitter:
+    """Writes the condition under which arguments match a template, as Python source with named constants."""
+
+    def __init__(self, role_of: Callable[[int], tuple[Role, bool]]) -> None:
+        self.terms: list[str] = []
+        self.constants: list[Any] = []
+        self._role_of = role_of
+        self._seen: set[int] = set()
+
+    def constant(self, value: Any) -> str:
+        self.constants.append(value)
+        return f"c{len(self.constants) - 1}"
+
+    def emit(self, template: Any, place: str) -> None:
+        kind = type(template)
+        if kind is Slot:
+            self.terms.append(f"{place} is S[{template.index}]")
+        elif kind is External:
+            self._emit_external(template.index, place)
+        elif kind is tuple or kind is list:
+            self.terms.append(f"type({place}) is {kind.__name__} and len({place}) == {len(template)}")
+            for index, item in enumerate(template):
+                self.emit(item, f"{place}[{index}]")
+        elif kind is dict:
+            self.terms.append(f"type({place}) is dict and len({place}) == {len(template)}")
+            for key, item in template.items():
+                name = self.constant(key)
+                self.terms.append(f"{name} in {place}")
+                self.emit(item, f"{place}[{name}]")
+        elif kind is slice:
+            self.terms.append(f"type({place}) is slice")
+            for part in ("start", "stop", "step"):
+                self.emit(getattr(template, part), f"{place}.{part}")
+        elif template is None or template is True or template is False:
+            self.terms.append(f"{place} is {template}")
+        elif kind is int or kind is str:
+            self.terms.append(f"type({place}) is {kind.__name__} and {place} == {self.constant(template)}")
+        else:
+            self.terms.append(f"E({place}, {self.constant(template)})")
+
+    def _emit_external(self, index: int, place: str) -> None:
+        role, is_first = self._role_of(index)
+        if role.tensor is not None:
+            self.terms.append(f"{place} is {self.constant(role.tensor)}")
+        elif is_first and index not in self._seen:
+            self._seen.add(index)
+            self.terms.append(f"B(X, {index}, {place}, {self.constant(role)})")
+        else:
+            self.terms.append(f"{place} is X[{index}]")
+
+
+def _bind(bound: Bound, index: int, tensor: Any, role: Role) -> bool:
+    if not role.accepts(tensor):
+        return False
+    bound[index] = tensor
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _compile_match(condition: str, names: int) -> Callable[..., Match]:
+    parameters = ", ".join(f"c{index}" for index in range(names))
+    source = f"def make({parameters}):\n def match(A, K, S, X):\n  return {condition}\n return match\n"
+    scope: dict[str, Any] = {"E": equal_templates, "B": _bind}
+    exec(source, scope)  # noqa: S102 - one specialised check costs 0.3 µs where a generic walk costs 3 µs
+    return scope["make"]
+
+
+def build_match(event: Event, role_of: Callable[[int], tuple[Role, bool]]) -> Match:
+    """Compile the check of a call's arguments against an event.
+
+    It takes positional and keyword arguments, the placeholders of the unit by slot, and the feeds bound so far, to
+    which it adds those first used here. Events of equal structure share code.
+    """
+    emitter = _Emitter(role_of)
+    if event.kind == "optimizer":
+        return lambda _arguments, _keywords, _slots, _bound: True
+    emitter.terms.append(f"len(A) == {len(event.arguments)} and len(K) == {len(event.keywords)}")
+    for index, item in enumerate(event.arguments):
+        emitter.emit(item, f"A[{index}]")
+    for key, item in event.keywords.items():
+        emitter.terms.append(f"{key!r} in K")
+        emitter.emit(item, f"K[{key!r}]")
+    condition = " and ".join(emitter.terms)
+    return _compile_match(condition, len(emitter.constants))(*emitter.constants)
+
+
+__all__ = [
+    "Path",
+    "PathNode",
+    "Role",
+    "TraceGraph",
+    "is_placeholder",
+    "mark_placeholder",
+    "map_leaves",
+    "memory_key",
+    "unmark_placeholder",
+]

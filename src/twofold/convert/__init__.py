@@ -1,0 +1,1 @@
+"""From what was seen of a program to graphs."""

@@ -1,0 +1,332 @@
+"""From a recorded path to a `Program`: the graph of one unit, cut into segments (Terra's GraphGenerator).
+
+The graph holds the ATen operations of the whole unit, forward, backward and optimizer, in the order in which eager
+execution ran them. A segment is a straight run of nodes between two fetches: Python has to know a value before it
+can say how to go on. Values are memory, so an in-place operation keeps its operand's value, and a view whose
+memory and geometry are those of its operand is no node at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from twofold.capture.recorder import memory_key, parameters_of
+from twofold.capture.trace import Event, External, Number, Operation, Slot, Trace, leaves, map_leaves
+from twofold.capture.trace_graph import Path
+from twofold.graph import Ambient, Graph, Node, Origin, TensorSpec, Value, eliminate_dead_code, verify
+
+from .optimizers import Setting, hyper_parameters, lower_step, replays_exactly
+from .segments import Segment, cut, view_nodes
+
+_AMBIENT = Ambient(grad=False)
+_REFERENCES = (Slot, External)
+
+
+class UnsupportedPath(Exception):
+    """This path cannot be a graph: `code` of `errors.CODES` and the reason."""
+
+    def __init__(self, code: str, reason: str, origin: Origin | None = None) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+        self.origin = origin
+
+
+@dataclass(frozen=True, eq=False)
+class GradientPlan:
+    """`.grad` of a leaf: the value it must have before the unit (None: not read), and what it is set to after."""
+
+    leaf: torch.Tensor
+    had_gradient: bool
+    entry: Value | None
+    exit: Value | None
+    keeps: bool
+    """Whether `.grad` stays the object it was."""
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerPlan:
+    """What must hold of an optimizer for the graph to stand for its step. `outside`: it steps by itself."""
+
+    optimizer: Optimizer
+    outside: bool
+    free: tuple[str, ...]
+    hyper_parameters: list[dict[str, Any]]
+    parameters: tuple[tuple[torch.Tensor, ...], ...]
+    state: Any
+
+    def still_holds(self) -> bool:
+        """Whether the optimizer is as it was when the graph was built, learning rate aside where it is free."""
+        groups = self.optimizer.param_groups
+        return (
+            self.optimizer.state is self.state
+            and len(groups) == len(self.parameters)
+            and all(
+                len(group["params"]) == len(known) and all(map(_same, group["params"], known))
+                for group, known in zip(groups, self.parameters, strict=True)
+            )
+            and (self.outside or hyper_parameters(self.optimizer, self.free) == self.hyper_parameters)
+        )
+
+
+def _same(left: object, right: object) -> bool:
+    return left is right
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """All that is needed to run one path as graphs, independent of any backend."""
+
+    graph: Graph
+    segments: tuple[Segment, ...]
+    statics: dict[Value, torch.Tensor]
+    feeds: dict[Value, int]
+    """The external index of each feed."""
+    settings: dict[Value, Setting]
+    gradients: tuple[GradientPlan, ...]
+    optimizers: dict[int, OptimizerPlan]
+    """By index of the event."""
+    fetches: dict[int, tuple[Value, ...]]
+    """The values that Python needs at each fetch, by index of the event, in order of the call's tensors."""
+    escapes: dict[int, Value]
+    """Slots that may outlive the unit."""
+    histories: dict[int, str]
+    views: dict[Value, Node]
+    uses_random: bool
+    call_count: int
+
+
+def build_program(path: Path, exact: bool) -> Program:
+    """Build the program of a path from its latest trace.
+
+    `exact`: keep eager's own operations, bit for bit; else optimizers may become fused kernels. Raises
+    `UnsupportedPath`.
+    """
+    return _Builder(path, exact).build()
+
+
+class _Builder:
+    def __init__(self, path: Path, exact: bool) -> None:
+        self.path = path
+        self.trace: Trace = path.trace
+        self.exact = exact
+        self.nodes: list[Node] = []
+        self.values: dict[int, Value] = {}
+        self.statics: dict[Value, torch.Tensor] = {}
+        self.static_values: dict[tuple[Any, ...], Value] = {}
+        self.feeds: dict[Value, int] = {}
+        self.settings: dict[Value, Setting] = {}
+        self.optimizers: dict[int, OptimizerPlan] = {}
+        self.fetches: dict[int, tuple[Value, ...]] = {}
+        self.entries: dict[int, Value] = {}
+
+    def build(self) -> Program:
+        trace = self.trace
+        if trace.refusal is not None:
+            raise UnsupportedPath(trace.refusal.code, trace.refusal.reason, trace.refusal.origin)
+        if not any(event.operations for event in trace.events):
+            raise UnsupportedPath("no_tensor_calls", "the unit made no tensor calls")
+        self._name_inputs()
+        for index, event in enumerate(trace.events):
+            self._add_event(index, event)
+        gradients = self._plan_gradients()
+        escapes = {slot: self._value(trace.slot_numbers[slot]) for slot in sorted(self.path.kept)}
+        histories = {slot: trace.escapes.get(slot, "none") for slot in escapes}
+        finals = [plan.exit for plan in gradients if plan.exit is not None] + list(escapes.values())
+        graph = self._finish_graph(finals)
+        views = view_nodes(graph.nodes)
+        return Program(
+            graph=graph,
+            segments=cut(graph, views, set(self._used_finals(finals))),
+            statics=self.statics,
+            feeds=self.feeds,
+            settings=self.settings,
+            gradients=gradients,
+            optimizers=self.optimizers,
+            fetches=self.fetches,
+            escapes=escapes,
+            histories=histories,
+            views=views,
+            uses_random=trace.uses_random,
+            call_count=len(trace.events),
+        )
+
+    # ---- inputs ------------------------------------------------------------------------------------------
+
+    def _name_inputs(self) -> None:
+        trace = self.trace
+        entry_numbers = {g.entry for g in trace.gradients if g.entry is not None and g.entry >= 0}
+        for index, number in enumerate(trace.external_numbers):
+            if number in self.values:
+                continue
+            role, _ = self.path.nodes[-1].role_of(index)
+            if role.tensor is not None:
+                self._static(trace.externals[index], number)
+            else:
+                value = self._new(f"feed{index}", trace.specs[number])
+                self.values[number] = value
+                self.feeds[value] = index
+        for number in sorted(entry_numbers):
+            if number not in self.values:
+                self.entries[number] = self.values[number] = self._new(f"grad{number}", trace.specs[number])
+        for number, tensor in trace.hidden.items():
+            if number not in self.values:
+                self._static(tensor, number)
+
+    def _static(self, tensor: torch.Tensor, number: int | None = None) -> Value:
+        key = memory_key(tensor)
+        value = self.static_values.get(key)
+        if value is None:
+            value = self._new(f"static{len(self.statics)}", replace(TensorSpec.of(tensor), requires_grad=False))
+            self.static_values[key] = value
+            self.statics[value] = tensor
+        if number is not None:
+            self.values[number] = value
+        return value
+
+    def _new(self, name: str, spec: TensorSpec | None) -> Value:
+        return Value(name, spec)
+
+    def _value(self, number: int) -> Value:
+        value = self.values.get(number)
+        if value is None:
+            raise UnsupportedPath("foreign_operation", "a tensor of unknown source is used")
+        return value
+
+    # ---- nodes -------------------------------------------------------------------------------------------
+
+    def _add_event(self, index: int, event: Event) -> None:
+        if event.kind == "fetch":
+            tensors = [self._reference(leaf) for leaf in leaves((event.arguments, event.keywords), _REFERENCES)]
+            self.fetches[index] = tuple(tensors)
+            self.nodes.append(Node("fetch", None, (list(tensors),), (), (), origin=event.origin))
+        elif event.kind == "optimizer":
+            self._add_optimizer(index, event)
+        else:
+            for operation in event.operations:
+                self._add_operation(operation, event)
+
+    def _reference(self, reference: Any) -> Value:
+        trace = self.trace
+        numbers = trace.slot_numbers if isinstance(reference, Slot) else trace.external_numbers
+        return self._value(numbers[reference.index])
+
+    def _add_operation(self, operation: Operation, event: Event) -> None:
+        results = operation.results
+        if results and all(number in self.values for number in results) and not operation.target._schema.is_mutable:
+            return  # a view of the same memory in the same geometry, as `detach` makes
+        devices = {self.trace.specs[n].device.type for n in (*operation.reads(), *results)}
+        if len(devices) > 1:
+            raise UnsupportedPath("unsupported_call", f"{operation.target} mixes devices", event.origin)
+        arguments, keywords = map_leaves(
+            (operation.arguments, operation.keywords), Number, lambda n: self._value(n.index)
+        )
+        values: list[Value] = []
+        for number in results:
+            value = self._new(str(number), self.trace.specs[number])
+            if number in self.values:  # written in place: the operand stays the name of this memory
+                value = self._new(f"{number}_{len(self.nodes)}", self.trace.specs[number])
+            else:
+                self.values[number] = value
+            values.append(value)
+        self._call(operation.target, arguments, keywords, event.origin, tuple(values))
+
+    def _call(
+        self, target: Any, arguments: Any, keywords: Any, origin: Origin | None, results: tuple[Value, ...] = ()
+    ) -> None:
+        self.nodes.append(
+            Node("call", target, tuple(arguments), tuple(keywords.items()), results, origin=origin, ambient=_AMBIENT)
+        )
+
+    def _add_optimizer(self, index: int, event: Event) -> None:
+        optimizer: Optimizer = event.arguments[0]
+        if self.trace.makes_state:
+            raise UnsupportedPath("new_path", "an optimizer made its state in this step")
+        calls = None if self.exact else self._lower(optimizer, event)
+        free: tuple[str, ...] = ()
+        outside = False
+        if calls is not None:
+            free = ("lr",)
+            for target, arguments, keywords in calls:
+                self._call(target, arguments, keywords, event.origin)
+        elif replays_exactly(optimizer):
+            for operation in event.operations:
+                self._add_operation(operation, event)
+        elif index == len(self.trace.events) - 1:
+            outside = True
+        else:
+            raise UnsupportedPath(
+                "unsupported_call", f"{type(optimizer).__name__} steps in the middle of a unit", event.origin
+            )
+        self.optimizers[index] = OptimizerPlan(
+            optimizer,
+            outside,
+            free,
+            [] if outside else hyper_parameters(optimizer, free),
+            tuple(tuple(group["params"]) for group in optimizer.param_groups),
+            optimizer.state,
+        )
+
+    def _lower(self, optimizer: Optimizer, event: Event) -> Any:
+        gradients = {
+            id(parameter): self._value(number.index)
+            for parameter, number in zip(parameters_of(optimizer), event.outcome, strict=True)
+            if number is not None
+        }
+        made: dict[Value, Setting] = {}
+
+        def setting(wanted: Setting) -> Value:
+            value = self._new(f"setting{len(self.settings) + len(made)}", None)
+            made[value] = wanted
+            return value
+
+        calls = lower_step(optimizer, gradients, self._static, setting)
+        if calls is not None:
+            self.settings.update(made)
+        return calls
+
+    # ---- the end -----------------------------------------------------------------------------------------
+
+    def _plan_gradients(self) -> tuple[GradientPlan, ...]:
+        plans: list[GradientPlan] = []
+        read = {number for event in self.trace.events for op in event.operations for number in op.reads()}
+        read |= {n.index for e in self.trace.events if e.kind == "optimizer" for n in e.outcome if n is not None}
+        read |= set(self.trace.slot_numbers)
+        for gradient in self.trace.gradients:
+            entry = self.entries.get(gradient.entry) if gradient.entry in read else None
+            keeps = gradient.exit is not None and gradient.exit == gradient.entry
+            exit_value = None
+            if gradient.exit is not None and not keeps:
+                exit_value = self._value(gradient.exit)
+            plans.append(GradientPlan(gradient.leaf, gradient.entry is not None, entry, exit_value, keeps))
+        return tuple(plans)
+
+    def _used_finals(self, finals: Sequence[Value]) -> Sequence[Value]:
+        return [value for value in finals if value not in self.statics and value not in self.feeds]
+
+    def _finish_graph(self, finals: Sequence[Value]) -> Graph:
+        used = {value for node in self.nodes for value in node.operands} | set(finals)
+        self.statics = {value: tensor for value, tensor in self.statics.items() if value in used}
+        self.settings = {value: setting for value, setting in self.settings.items() if value in used}
+        written = {
+            number
+            for event in self.trace.events
+            if event.kind != "optimizer"
+            for operation in event.operations
+            for number in operation.writes()
+        }
+        for value in self.feeds:
+            if any(self.values.get(number) is value for number in written):
+                raise UnsupportedPath("unsupported_call", "a tensor that is fed to the unit is changed in place")
+        inputs = (*self.statics, *self.entries.values(), *self.settings)
+        feeds = [Node("feed", None, (), (("name", value.name),), (value,)) for value in self.feeds]
+        graph = Graph("unit", inputs, (*feeds, *self.nodes), tuple(dict.fromkeys(finals)))
+        graph = eliminate_dead_code(graph)
+        verify(graph)
+        return graph
+

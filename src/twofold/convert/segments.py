@@ -1,0 +1,169 @@
+"""Cut a graph into bodies that can be compiled and launched one by one.
+
+What crosses a cut is memory, never a view of it: a view is made again from its base where it is needed. So a body
+never gets two inputs that alias each other unless the unit itself did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from twofold.graph import Graph, Node, Value, values_in
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A straight run of nodes that is launched as one. Its outputs are what anyone reads afterwards."""
+
+    graph: Graph
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return self.graph.inputs
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        return tuple(value for output in self.graph.outputs for value in values_in(output))
+
+
+def is_view(node: Node) -> bool:
+    """Whether an operation only looks at its first operand in another way, by its schema."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call" or schema is None or schema.is_mutable or not schema.returns:
+        return False
+    return all(result.alias_info is not None for result in schema.returns)
+
+
+def view_nodes(nodes: Sequence[Node]) -> dict[Value, Node]:
+    """Map each value that is a view to the node that makes it."""
+    return {result: node for node in nodes if is_view(node) for result in node.results}
+
+
+def root_of(value: Value, views: dict[Value, Node]) -> Value:
+    """Return the value whose memory `value` shows."""
+    while value in views:
+        value = views[value].operands[0]
+    return value
+
+
+def cut(graph: Graph, views: dict[Value, Node], finals: Collection[Value]) -> tuple[Segment, ...]:
+    """Cut a unit's graph after each fetch. `views` loses the views that a segment hands out by themselves."""
+    runs: list[list[Node]] = [[]]
+    needed: list[set[Value]] = [set()]
+    for node in graph.nodes:
+        if node.op == "fetch":
+            needed[-1].update(node.operands)
+            runs.append([])
+            needed.append(set())
+        elif node.op == "call":
+            runs[-1].append(node)
+    bodies = carve(runs, needed, views, finals, "segment")
+    return tuple(Segment(body) for body in bodies)
+
+
+def carve(
+    runs: Sequence[Sequence[Node]],
+    needed: Sequence[set[Value]],
+    views: dict[Value, Node],
+    finals: Collection[Value],
+    name: str,
+) -> list[Graph]:
+    """Make one graph of each run of nodes. `needed`: what is read between a run and the next."""
+    wanted_after: list[set[Value]] = [set() for _ in runs]
+    later = set(finals)
+    for index in range(len(runs) - 1, -1, -1):
+        later |= needed[index]
+        wanted_after[index] = set(later)
+        later |= {value for node in runs[index] for value in node.operands}
+    bodies: list[Graph] = []
+    for index, run in enumerate(runs):
+        body = _Body(run, views, wanted_after[index])
+        bodies.append(body.graph(f"{name}{index}"))
+    return bodies
+
+
+class _Body:
+    def __init__(self, run: Sequence[Node], views: dict[Value, Node], wanted: set[Value]) -> None:
+        self.views = views
+        self.nodes: list[Node] = []
+        self.inputs: dict[Value, None] = {}
+        self.own = {result for node in run for result in node.results}
+        self.made: set[Value] = set()
+        for node in run:
+            self._require(node)
+            self.nodes.append(node)
+            self.made.update(node.results)
+        self.outputs = self._outputs(wanted)
+
+    def _require(self, node: Node) -> None:
+        for value in node.operands:
+            if value in self.made or value in self.inputs:
+                continue
+            maker = self.views.get(value)
+            if maker is None:
+                self.inputs[value] = None
+            else:
+                self._require(maker)
+                self.nodes.append(maker)
+                self.made.update(maker.results)
+
+    def _outputs(self, wanted: set[Value]) -> tuple[Value, ...]:
+        shown: dict[Value, list[Value]] = {}
+        for value in sorted(wanted & self.own, key=_by_name):
+            shown.setdefault(root_of(value, self.views), []).append(value)
+        outputs: list[Value] = []
+        for root, values in shown.items():
+            if root not in self.own:
+                continue
+            if len(values) == 1 and len(self._results_of(values[0])) == 1:
+                self.views.pop(values[0], None)
+                outputs.append(values[0])
+            else:
+                outputs.append(root)
+        return tuple(outputs)
+
+    def _results_of(self, value: Value) -> tuple[Value, ...]:
+        maker = self.views.get(value)
+        return (value,) if maker is None else maker.results
+
+    def graph(self, name: str) -> Graph:
+        return Graph(name, tuple(self.inputs), tuple(self.nodes), self.outputs)
+
+
+def _by_name(value: Value) -> str:
+    return value.name
+
+
+
+def writes_of(node: Node) -> tuple[Value, ...]:
+    """Return the values whose memory a call changes, batch norm's unannounced running statistics included."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:  # a fused optimizer kernel called by its builtin: it may write to all it is given
+        return node.operands
+    hidden = _HIDDEN_WRITES.get(schema.name)
+    if hidden is not None:
+        return tuple(v for index in hidden for v in values_in(node.arguments[index])) if node.arguments[5] else ()
+    if not schema.is_mutable:
+        return ()
+    keywords = dict(node.keywords)
+    written: list[Value] = []
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.arguments[index] if index < len(node.arguments) else keywords.get(argument.name)
+            written.extend(values_in(given))
+    return tuple(written)
+
+
+_HIDDEN_WRITES = {
+    "aten::native_batch_norm": (3, 4),
+    "aten::cudnn_batch_norm": (3, 4),
+    "aten::miopen_batch_norm": (3, 4),
+}
+
+
+def written_roots(segment: Segment, views: dict[Value, Node]) -> set[Value]:
+    """Return the values of other bodies whose memory a segment changes."""
+    made = view_nodes(segment.graph.nodes) | views
+    roots = {root_of(value, made) for node in segment.graph.nodes for value in writes_of(node)}
+    return roots & set(segment.inputs)

@@ -1,0 +1,82 @@
+"""The intermediate representation of programs, and what is done to it.
+
+`ir` and `ops` define it, `build` makes it, `verify` checks it, `text` prints and reads it, `interpret`
+gives its meaning, and `passes` improve it. This package knows neither a source language nor threads nor
+devices.
+"""
+
+from .ambient import AmbientSwitch, ambient_context
+from .build import GraphBuilder, SubGraphBuilder
+from .effects import effectful_subgraphs, has_effect
+from .equivalence import equivalent
+from .interpret import AssertionFailed, Environment, evaluate, interpret, run_node
+from .ir import (
+    Ambient,
+    Argument,
+    Constant,
+    Graph,
+    MalformedGraphError,
+    Node,
+    Origin,
+    SubGraph,
+    TensorSpec,
+    Value,
+    all_nodes,
+    map_values,
+    outer_references,
+    values_in,
+)
+from .names import UnnamedCallableError, qualified_name, resolve
+from .observe import Effect, Outcome, same, snapshot
+from .ops import CONTROL_FLOW, OPS
+from .parse import GraphSyntaxError, parse
+from .passes import PASSES, eliminate_common_subexpressions, eliminate_dead_code, optimize
+from .text import show
+from .verify import describe, verify
+
+__all__ = [
+    "CONTROL_FLOW",
+    "OPS",
+    "PASSES",
+    "Ambient",
+    "AmbientSwitch",
+    "Argument",
+    "AssertionFailed",
+    "Constant",
+    "Effect",
+    "Environment",
+    "Graph",
+    "GraphBuilder",
+    "GraphSyntaxError",
+    "MalformedGraphError",
+    "Node",
+    "Origin",
+    "Outcome",
+    "SubGraph",
+    "SubGraphBuilder",
+    "TensorSpec",
+    "UnnamedCallableError",
+    "Value",
+    "all_nodes",
+    "ambient_context",
+    "describe",
+    "effectful_subgraphs",
+    "eliminate_common_subexpressions",
+    "eliminate_dead_code",
+    "equivalent",
+    "evaluate",
+    "has_effect",
+    "interpret",
+    "map_values",
+    "optimize",
+    "outer_references",
+    "parse",
+    "qualified_name",
+    "resolve",
+    "run_node",
+    "same",
+    "show",
+    "snapshot",
+    "values_in",
+    "verify",
+]

@@ -1,0 +1,1 @@
+"""Everything that happens during a unit."""

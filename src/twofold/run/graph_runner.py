@@ -1,0 +1,177 @@
+"""`GraphRunner`: run the segments of one unit, and undo what they wrote if the unit turns out otherwise.
+
+Segments are launched only after Python has walked them, so a unit with no fetch never has anything to undo. Before
+a segment that is not the last, whatever it writes that outlives the unit is copied; `discard` puts that back, and
+the random generators too. On CUDA a launch returns at once: Python walks the next unit while the device works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from twofold.backends.executable import Environment, Executable
+from twofold.convert.from_traces import Program
+from twofold.convert.segments import root_of, written_roots
+from twofold.graph import Node, Value, run_node
+
+
+@dataclass(eq=False)
+class Installed:
+    """A program with its executable and what is prepared once for all its units."""
+
+    program: Program
+    executable: Executable
+    statics: Environment = field(init=False)
+    pointers: list[tuple[torch.Tensor, int]] = field(init=False)
+    written: list[list[Value]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        program = self.program
+        self.statics = {value: tensor.detach() for value, tensor in program.statics.items()}
+        self.pointers = [(tensor, tensor.data_ptr()) for tensor in program.statics.values()]
+        self.written = [
+            [value for value in written_roots(segment, program.views) if value in program.statics]
+            for segment in program.segments
+        ]
+
+    def save_written(self) -> Callable[[], None]:
+        """Copy all that a unit writes to and that outlives it; return how to put it back."""
+        copies = [(self.statics[v], self.statics[v].clone()) for written in self.written for v in written]
+
+        def restore() -> None:
+            for tensor, copy in copies:
+                tensor.copy_(copy)
+
+        return restore
+
+    def is_current(self) -> bool:
+        """Whether parameters and buffers still live where they did, and gradients are as at every start."""
+        for tensor, pointer in self.pointers:
+            if tensor.data_ptr() != pointer:
+                return False
+        return all((plan.leaf.grad is not None) == plan.had_gradient for plan in self.program.gradients)
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The states of PyTorch's default generators."""
+
+    cpu: torch.Tensor
+    cuda_offset: int | None
+
+    @classmethod
+    def take(cls) -> RandomState:
+        """Read the states of now."""
+        used = torch.cuda.is_available() and torch.cuda.is_initialized()
+        return cls(torch.get_rng_state(), _generator().get_offset() if used else None)
+
+    def restore(self) -> None:
+        """Go back to these states."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda_offset is not None:
+            _generator().set_offset(self.cuda_offset)
+
+
+def _generator() -> torch.Generator:
+    return torch.cuda.default_generators[torch.cuda.current_device()]
+
+
+class GraphRunner:
+    """One unit of one path. Mutable; not used after `commit_gradients` or `discard`."""
+
+    def __init__(self, installed: Installed, feeds: dict[int, torch.Tensor]) -> None:
+        self.installed = installed
+        self.program = installed.program
+        self.environment: Environment = dict(installed.statics)
+        self.launched = 0
+        self._feeds = feeds
+        self._saved: dict[Value, torch.Tensor] = {}
+        self._random: RandomState | None = None
+        for value, index in self.program.feeds.items():
+            self.environment[value] = feeds[index]
+        for value, setting in self.program.settings.items():
+            self.environment[value] = setting.read()
+        for plan in self.program.gradients:
+            if plan.entry is not None:
+                self.environment[plan.entry] = plan.leaf.grad
+
+    def launch_through(self, count: int) -> None:
+        """Launch the segments up to number `count`, those launched before left out."""
+        program = self.program
+        while self.launched < count:
+            index = self.launched
+            if index < len(program.segments) - 1 or self._saved:
+                self._save(index)
+            self.launched += 1
+            self.installed.executable.launch(index, self.environment)
+
+    def _save(self, index: int) -> None:
+        if self._random is None and self.program.uses_random:
+            self._random = RandomState.take()
+        for value in self.installed.written[index]:
+            if value not in self._saved:
+                self._saved[value] = self.environment[value].clone()
+
+    def value(self, value: Value) -> torch.Tensor:
+        """Return a computed value. It aliases memory that the next launch of the path may overwrite."""
+        if value not in self.environment:
+            node: Node = self.program.views[value]
+            self.value(node.operands[0])
+            run_node(node, self.environment)
+        return self.environment[value]
+
+    def owned_value(self, value: Value) -> torch.Tensor:
+        """Return a computed value that stays as it is: a copy where the executable uses its memory again."""
+        tensor = self.value(value)
+        root = root_of(value, self.program.views)
+        if root in self.program.statics or root in self.program.feeds or not self.installed.executable.reuses_outputs:
+            return tensor.detach()
+        return tensor.clone()
+
+    def commit_gradients(self) -> None:
+        """Set `.grad` of all leaves to what eager execution leaves there."""
+        for plan in self.program.gradients:
+            if plan.keeps:
+                continue
+            gradient = None if plan.exit is None else self.value(plan.exit)
+            if plan.leaf.grad is not gradient:
+                plan.leaf.grad = gradient
+
+    def discard(self) -> None:
+        """Put back all that launched segments wrote, random states included."""
+        for value, saved in self._saved.items():
+            self.environment[value].copy_(saved)
+        if self._random is not None:
+            self._random.restore()
+        self._saved.clear()
+
+
+def feed_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a feed holds now, safe from later changes by Python.
+
+    On CUDA the stream orders reads and writes; on the CPU, NumPy may write to the same memory unseen.
+    """
+    return tensor if tensor.device.type != "cpu" else tensor.detach().clone()
+
+
+def example_environment(program: Program) -> dict[Value, Any]:
+    """Return what a capture reads: statics, and zeros of the right spec for all else that a unit is given."""
+    given: dict[Value, Any] = {value: tensor.detach() for value, tensor in program.statics.items()}
+    for value in program.feeds:
+        spec = value.spec
+        assert spec is not None
+        shape = [size for size in spec.shape if size is not None]
+        given[value] = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+        if spec.stride is not None:
+            given[value] = torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=spec.device).zero_()
+    given.update((value, setting.read()) for value, setting in program.settings.items())
+    for plan in program.gradients:
+        if plan.entry is not None:
+            spec = plan.entry.spec
+            assert spec is not None
+            given[plan.entry] = torch.zeros_like(plan.leaf, requires_grad=False)
+    return given

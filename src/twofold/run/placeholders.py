@@ -1,0 +1,93 @@
+"""Placeholders: tensor objects that stand for results Python does not have yet.
+
+A placeholder has the dtype, shape, strides and device of what it stands for, and no memory. When its value is
+known, the object itself becomes the real tensor: PyTorch can swap what is behind two tensor objects, and a
+placeholder was never saved by autograd nor viewed, because no operation ever ran on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+
+from twofold.capture.trace import Made
+from twofold.capture.trace_graph import mark_placeholder, unmark_placeholder
+
+
+def make_placeholder(made: Made) -> torch.Tensor:
+    """Return a new placeholder for a result described by `made`."""
+    spec = made.spec
+    shape = [size for size in spec.shape if size is not None]
+    if spec.stride is None:
+        tensor = torch.empty(shape, dtype=spec.dtype, device=spec.device)
+    else:
+        tensor = torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=spec.device)
+    tensor.untyped_storage().resize_(0)
+    mark_placeholder(tensor, made)
+    return tensor
+
+
+def fill_placeholder(placeholder: torch.Tensor, value: torch.Tensor) -> None:
+    """Turn a placeholder object into `value`, whose own object is used up."""
+    unmark_placeholder(placeholder)
+    torch._C._swap_tensor_impl(placeholder, value)  # type: ignore[attr-defined]
+
+
+FREED_MESSAGE = (
+    "Trying to backward through the graph a second time (or directly access saved tensors after they have already "
+    "been freed). Saved intermediate values of the graph are freed when you call .backward() or autograd.grad(). "
+    "Specify retain_graph=True if you need to backward through the graph a second time or if you need to access "
+    "saved tensors after calling backward."
+)
+
+
+@functools.cache
+def _freed_history(name: str) -> Any:
+    """Return an autograd function whose node has eager's name and, like eager's, nothing left to differentiate."""
+
+    class Freed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: torch.Tensor, _leaf: torch.Tensor) -> torch.Tensor:
+            ctx.set_materialize_grads(False)
+            return value.view_as(value)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            raise RuntimeError(FREED_MESSAGE)
+
+    Freed._backward_cls.__name__ = name  # type: ignore[attr-defined]
+    return Freed
+
+
+@functools.cache
+def _leaf() -> torch.Tensor:
+    return torch.zeros((), requires_grad=True)
+
+
+def with_freed_history(value: torch.Tensor, name: str) -> torch.Tensor:
+    """Return `value` as a tensor that requires a gradient and whose graph was freed, as after `backward()`."""
+    with torch.enable_grad():
+        return _freed_history(name).apply(value, _leaf())
+
+
+def _reference_counts(tensors: list[torch.Tensor]) -> list[int]:
+    return [sys.getrefcount(tensor) for tensor in tensors]
+
+
+def _calibrate() -> int:
+    held = torch.empty(0)
+    listed = [held]
+    return _reference_counts(listed)[0]
+
+
+UNKNOWN_TO_PYTHON = _calibrate()
+"""References to a placeholder while only the skeleton knows it: one from its node, one from the unit's list."""
+
+
+def escaped(placeholders: list[torch.Tensor]) -> list[int]:
+    """Return the indices of the placeholders that Python still holds."""
+    counts = _reference_counts(placeholders)
+    return [index for index, count in enumerate(counts) if count > UNKNOWN_TO_PYTHON]

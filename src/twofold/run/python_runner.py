@@ -1,0 +1,432 @@
+"""`PythonRunner`: the user's own Python, walked as a skeleton that computes nothing (Terra, section 4.2).
+
+While it follows the TraceGraph, each tensor call is checked against the expected event and answered with a
+placeholder. It waits only where Python needs a value. Where the program leaves the known paths, `leave` turns the
+unit back into an eager one: state is restored, the calls made so far are run for real, every placeholder in the
+user's hands becomes the tensor it stood for, and the rest of the unit runs eagerly under the recorder.
+
+At any time the runner is in one of three states: following (`_node` is set), recording (`_recorder` is set), or
+idle, when calls pass through untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, display_name
+from twofold.capture.intercept import unheard, user_origin
+from twofold.capture.recorder import Recorder, current_ambient
+from twofold.capture.trace import External, Slot, Trace, leaves, map_leaves
+from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph, is_placeholder
+from twofold.graph import ambient_context
+
+from .account import Account
+from .graph_runner import GraphRunner, Installed, feed_copy
+from .placeholders import escaped, fill_placeholder, make_placeholder, with_freed_history
+
+_TENSOR = torch.Tensor
+
+
+class UnitEnd(Protocol):
+    """Told how each unit ended."""
+
+    def __call__(self, path: Path | None, trace: Trace | None, signature: Signature) -> None:
+        """`path`: it ran as a graph. `trace`: it ran eagerly and was recorded. Neither: it ran unseen."""
+
+
+class PythonRunner:
+    """Listens to the program, one unit after the other. Used by one thread."""
+
+    def __init__(self, graph: TraceGraph, account: Account, on_end: UnitEnd) -> None:
+        self.graph = graph
+        self.account = account
+        self._on_end = on_end
+        self._node: PathNode | None = None
+        self._recorder: Recorder | None = None
+        self._signature: Signature = ()
+        self._slots: list[torch.Tensor] = []
+        self._feeds: dict[int, torch.Tensor] = {}
+        self._copied: dict[int, torch.Tensor] = {}
+        self._run: GraphRunner | None = None
+        self._run_path: Path | None = None
+        self._stepping: Optimizer | None = None
+        self._ends_with_step = False
+        self._finished_path: Path | None = None
+
+    # ---- units -------------------------------------------------------------------------------------------
+
+    def begin(self, mode: str, signature: Signature) -> None:
+        """Start a unit: `follow` the graph, `record`, or `idle`."""
+        self._signature = signature
+        if mode == "follow":
+            self._node = self.graph.root(signature)
+        elif mode == "record":
+            self._recorder = Recorder(self.graph.has_accelerator, self.graph.host_sites)
+
+    @property
+    def in_unit(self) -> bool:
+        """Whether the unit has seen a call."""
+        if self._node is not None:
+            return self._node.parent is not None
+        return self._recorder is not None and bool(self._recorder.trace.events or self._recorder.trace.refusal)
+
+    def end(self) -> None:
+        """Finish the unit: launch what is left and commit, or close the trace."""
+        if self._node is not None:
+            self._finish_graph(self._node)
+        if self._recorder is not None:
+            self._finish_trace()
+
+    def abandon(self) -> None:
+        """End a unit that an exception leaves: state becomes what eager execution has at that line."""
+        if self._node is not None and self._node.parent is not None:
+            self.leave("unit_raised", "the program raised an exception inside the unit")
+        self._node = None
+        if self._recorder is not None:
+            trace = self._recorder.finish()
+            self._recorder = None
+            self._reset()
+            self.account.eager_calls += len(trace.events)
+            self._on_end(None, None, self._signature)
+
+    def _reset(self) -> None:
+        self._slots.clear()
+        self._feeds.clear()
+        self._copied.clear()
+        self._run = None
+        self._run_path = None
+
+    # ---- what the program does ---------------------------------------------------------------------------
+
+    def call(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Answer a torch function; see `Listener`."""
+        node = self._node
+        if node is None:
+            if self._recorder is not None:
+                return self._recorder.call(function, arguments, keywords)
+            return function(*arguments, **keywords)
+        for child in node.children:
+            if (
+                (function is child.function or function == child.function)
+                and child.event.kind != "optimizer"  # type: ignore[union-attr]
+                and child.match(arguments, keywords, self._slots, self._feeds)
+                and torch.is_grad_enabled() is child.grad
+                and _autocast_agrees(child)
+            ):
+                return self._advance(child, function, arguments, keywords)
+        return self._unexpected(function, arguments, keywords)
+
+    def _advance(self, node: PathNode, function: Any, arguments: Any, keywords: Any) -> Any:
+        self._node = node
+        event = node.event
+        assert event is not None
+        if node.roles:
+            self._copy_feeds(node)
+        if event.kind == "fetch":
+            return self._fetch(node, function, arguments, keywords)
+        slots = self._slots
+        for index, placeholder in enumerate(node.placeholders):
+            if placeholder is None:
+                placeholder = node.placeholders[index] = make_placeholder(event.made[index])
+            slots.append(placeholder)
+        outcome = event.outcome
+        if type(outcome) is Slot:
+            return slots[outcome.index]
+        if outcome is None:
+            return None
+        return map_leaves(outcome, (Slot, External), self._resolve)
+
+    def _copy_feeds(self, node: PathNode) -> None:
+        for index in range(node.first_external, node.first_external + len(node.roles)):
+            tensor = self._feeds.get(index)
+            if tensor is not None:
+                self._copied[index] = feed_copy(tensor)
+
+    def _resolve(self, reference: Slot | External) -> torch.Tensor:
+        if type(reference) is Slot:
+            return self._slots[reference.index]
+        tensor = self._feeds.get(reference.index)
+        if tensor is None:
+            assert self._node is not None
+            role, _ = self._node.role_of(reference.index)
+            assert role.tensor is not None
+            tensor = role.tensor
+        return tensor
+
+    def _unexpected(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        if function in METADATA or function in FROM_HOST_DATA:
+            return function(*arguments, **keywords)
+        given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
+        if function in HISTORY and given:
+            made = getattr(given[0], "_twofold_made", None)
+            name = HISTORY[function]
+            if made is None:
+                return function(*arguments, **keywords)
+            if name in ("requires_grad", "is_leaf"):
+                return getattr(made, name)
+        if not any(map(is_placeholder, given)) and self._is_pythons_own(function, given):
+            return function(*arguments, **keywords)
+        self.leave("new_path", f"unexpected call of {display_name(function)}")
+        return self.call(function, arguments, keywords)
+
+    def _is_pythons_own(self, function: Any, given: list[torch.Tensor]) -> bool:
+        """Whether a call on real tensors can be left to Python without the unit noticing."""
+        if self.graph.host_sites and (function, user_origin()) in self.graph.host_sites:
+            return True
+        return self.graph.has_accelerator and bool(given) and all(tensor.device.type == "cpu" for tensor in given)
+
+    def operation(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Answer an ATen operation that reached the dispatcher; see `Listener`."""
+        if self._recorder is not None:
+            return self._recorder.operation(target, arguments, keywords)
+        if self._node is not None and self._stepping is None:
+            if any(map(is_placeholder, leaves((arguments, keywords), _TENSOR))):
+                self.leave("foreign_operation", f"{target} ran beneath no call of a torch function")
+                assert self._recorder is not None
+                return self._recorder.operation(target, arguments, keywords)
+        return target(*arguments, **keywords)
+
+    def host_work(self) -> None:
+        """Library code runs unheard: random numbers must be drawn in eager's order; see `Listener`."""
+        if self._node is not None and self._node.parent is not None:
+            path = self._node.latest
+            if path is None or path.trace.uses_random:
+                self.leave("new_path", "a data loader ran in the middle of a unit that draws random numbers")
+
+    def zero_grad(self, owner: Any, original: Callable[..., None], arguments: tuple[Any, ...], keywords: Any) -> None:
+        """Answer `zero_grad`; see `Listener`."""
+        if self._node is not None:
+            for child in self._node.children:
+                event = child.event
+                if (
+                    event is not None
+                    and event.kind == "zero_grad"
+                    and event.function is original
+                    and child.match((owner, *arguments), keywords, self._slots, self._feeds)
+                ):
+                    self._node = child
+                    return
+            self.leave("new_path", "unexpected zero_grad")
+        if self._recorder is not None:
+            self._recorder.zero_grad(owner, original, arguments, keywords)
+        else:
+            original(owner, *arguments, **keywords)
+
+    def before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: Any) -> Any:
+        """Answer the start of `optimizer.step()`; see `Listener`."""
+        if self._node is not None:
+            node = next((c for c in self._node.children if _steps(c, optimizer)), None)
+            if node is not None and len(arguments) == 1 and not keywords and self._step_is_known(node):
+                return self._follow_step(node, optimizer)
+            self.leave("new_path", f"unexpected step of {type(optimizer).__name__}")
+        if self._recorder is not None:
+            self._recorder.before_step(optimizer, arguments, keywords)
+        return None
+
+    def _step_is_known(self, node: PathNode) -> bool:
+        path = node.latest
+        if path is None or path.executable is None:
+            return False
+        plan = path.program.optimizers.get(node.depth)
+        holds = plan is not None and plan.still_holds()
+        if not holds:
+            path.stale = True
+        return holds
+
+    def _follow_step(self, node: PathNode, optimizer: Optimizer) -> Any:
+        path = node.latest
+        assert path is not None
+        self._stepping = optimizer
+        self._node = node
+        if path.program.optimizers[node.depth].outside:
+            self._ends_with_step = self._finish_graph(node)
+            return None
+        return (_stand_in(optimizer),), {}
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Answer the end of `optimizer.step()`, where a unit ends; see `Listener`."""
+        if self._stepping is optimizer:
+            self._stepping = None
+            if self._ends_with_step:
+                self._ends_with_step = False
+                self._on_end(self._finished_path, None, self._signature)
+                return
+            if self._node is not None and self._node.end is not None:
+                self.end()
+            return
+        if self._recorder is not None:
+            self._recorder.after_step(optimizer)
+            if not self._recorder.has_live_history():
+                self.end()
+
+    # ---- values ------------------------------------------------------------------------------------------
+
+    def _fetch(self, node: PathNode, function: Any, arguments: Any, keywords: Any) -> Any:
+        path = node.latest
+        if path is None or not self._ensure_run(path):
+            assert self._node is not None and self._node.parent is not None
+            self._node = node.parent
+            self.leave("new_path", "a value is needed on a path with no graph yet")
+            return self.call(function, arguments, keywords)
+        assert self._run is not None
+        fetches = sorted(path.program.fetches)
+        position = fetches.index(node.depth)
+        with unheard(), torch.no_grad():
+            self._run.launch_through(position + 1)
+            values = iter([self._run.value(v) for v in path.program.fetches[node.depth]])
+        shows_history = function in (_TENSOR.__repr__, _TENSOR.__format__)
+
+        def real(tensor: torch.Tensor) -> torch.Tensor:
+            value = next(values)
+            made = getattr(tensor, "_twofold_made", None)
+            if made is None:
+                return tensor
+            if shows_history and made.grad_function:
+                return with_freed_history(value, made.grad_function)
+            return value
+
+        arguments, keywords = map_leaves((arguments, keywords), _TENSOR, real)
+        with unheard():
+            result = function(*arguments, **keywords)
+        return result.clone() if isinstance(result, torch.Tensor) else result
+
+    def _ensure_run(self, path: Path) -> bool:
+        """Have the segments that Python has walked launched on `path`; False if it has no graph that fits."""
+        if self._run_path is path:
+            return True
+        if self._run is not None:
+            with unheard(), torch.no_grad():
+                self._run.discard()
+            self.account.discards += 1
+            self._run = None
+        installed: Installed | None = path.executable
+        if installed is None or path.stale or not installed.is_current():
+            path.stale = True
+            return False
+        self._run = GraphRunner(installed, self._copied)
+        self._run_path = path
+        return True
+
+    # ---- the end of a unit -------------------------------------------------------------------------------
+
+    def _finish_graph(self, node: PathNode) -> bool:
+        """Launch, commit, hand out what escaped. False if the unit had to be left; it is being recorded then."""
+        if node.parent is None:
+            self._node = None
+            return False
+        path = node.end
+        if path is None or not self._ensure_run(path):
+            self.leave("new_path", "the unit ended on a path with no graph yet")
+            return False
+        alive = escaped(self._slots)
+        if not path.kept.issuperset(alive):
+            path.kept.update(alive)
+            path.stale = True
+            self.leave("new_path", "a tensor of the unit is kept that was not kept before")
+            return False
+        run = self._run
+        assert run is not None
+        with unheard():
+            with torch.no_grad():
+                run.launch_through(len(path.program.segments))
+                run.commit_gradients()
+            self._hand_out(path, run, alive)
+        self._node = None
+        self._finished_path = path
+        self._reset()
+        if self._stepping is None:
+            self._on_end(path, None, self._signature)
+        return True
+
+    def _hand_out(self, path: Path, run: GraphRunner, alive: list[int]) -> None:
+        for index in alive:
+            placeholder = self._slots[index]
+            with torch.no_grad():
+                value = run.owned_value(path.program.escapes[index])
+            made = placeholder._twofold_made  # type: ignore[attr-defined]
+            if made.requires_grad:
+                if made.grad_function:
+                    value = with_freed_history(value, made.grad_function)
+                else:
+                    value.requires_grad_()
+            fill_placeholder(placeholder, value)
+        if alive:
+            given_away = {id(self._slots[index]) for index in alive}
+            for node in path.nodes:
+                node.placeholders = [
+                    None if placeholder is None or id(placeholder) in given_away else placeholder
+                    for placeholder in node.placeholders
+                ]
+
+    def _finish_trace(self) -> None:
+        recorder, self._recorder = self._recorder, None
+        assert recorder is not None
+        self._reset()
+        with unheard():
+            trace = recorder.finish()
+        self.account.eager_calls += len(trace.events)
+        self._on_end(None, trace, self._signature)
+
+    # ---- leaving the known paths -------------------------------------------------------------------------
+
+    def leave(self, code: str, reason: str) -> None:
+        """Make the unit an eager one from its beginning to this line, and go on recording it."""
+        node = self._node
+        assert node is not None
+        self._node = None
+        self._stepping = None
+        self.account.fallback(code, reason, str(origin) if (origin := user_origin()) else None)
+        if self._run is not None:
+            self.account.discards += 1
+            with unheard(), torch.no_grad():
+                self._run.discard()
+            self._run = None
+        recorder = self._recorder = Recorder(self.graph.has_accelerator, self.graph.host_sites)
+        for step in reversed(list(node.walk_back())):
+            self._repeat(recorder, step)
+        self._reset()
+
+    def _repeat(self, recorder: Recorder, node: PathNode) -> None:
+        event = node.event
+        assert event is not None
+        self_node, self._node = self._node, node
+        arguments, keywords = map_leaves((event.arguments, event.keywords), (Slot, External), self._resolve)
+        self._node = self_node
+        if event.kind == "fetch":
+            recorder.append_fetch(event, arguments, keywords)
+            return
+        with ambient_context(event.ambient):
+            result = recorder.repeat(event, arguments, keywords)
+        made: list[Any] = leaves(result, _TENSOR)
+        expected: list[Any] = leaves(event.outcome, (Slot, External)) if event.kind == "call" else []
+        for reference, tensor in zip(expected, made, strict=False):
+            if type(reference) is Slot:
+                placeholder = self._slots[reference.index]
+                if placeholder is not tensor and is_placeholder(placeholder):
+                    fill_placeholder(placeholder, tensor)
+                    recorder.rename(tensor, placeholder)
+        node.placeholders = [None] * len(node.placeholders)
+
+
+def _autocast_agrees(node: PathNode) -> bool:
+    expected = node.ambient.autocast
+    if not expected:
+        return not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
+    return current_ambient() == node.ambient
+
+
+def _steps(node: PathNode, optimizer: Optimizer) -> bool:
+    event = node.event
+    return event is not None and event.kind == "optimizer" and event.arguments[0] is optimizer
+
+
+def _stand_in(optimizer: Optimizer) -> Optimizer:
+    """Return an optimizer of the same class without parameters, for `step` to do nothing with."""
+    stand_in: Any = object.__new__(type(optimizer))
+    stand_in.__dict__.update(optimizer.__dict__, param_groups=[], state={})
+    return stand_in
+
