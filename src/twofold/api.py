@@ -62,7 +62,8 @@ class _Driver:
         self.builder = Builder(options, self.account)
         self.runner = PythonRunner(self.graph, self.account, self._end_unit)
         self.interception = Interception(self.runner)
-        self.on_idle: Callable[[], None] | None = None
+        self.between_units: Callable[[], None] | None = None
+        """Called where a unit has ended and the program goes on."""
         self._mode = Mode.IDLE
         self._likely: Path | None = None
         self._began = 0.0
@@ -101,7 +102,7 @@ class _Driver:
         return Mode.FOLLOW
 
     def end(self) -> None:
-        """Finish the unit at the end of a call or loop, if it has seen anything."""
+        """Finish the unit, if it has seen anything."""
         if self._mode is Mode.IDLE:
             self._end_unit(None, None, ())
         elif self.runner.in_unit:
@@ -131,10 +132,8 @@ class _Driver:
                 if not self._likely.blocked:
                     self.builder.note_eager(self._likely, seconds)
             account.span("python", "eager", int(self._began * 1e9), int((self._began + seconds) * 1e9))
-        if self.on_idle is not None:
-            self.on_idle()
-        elif self._mode is not Mode.IDLE and self.interception.active:
-            self.begin()
+        if self.between_units is not None:
+            self.between_units()
 
     def _learn(self, trace: Trace, signature: Signature) -> None:
         if len(self.graph.paths) >= MAX_PATHS:
@@ -170,9 +169,11 @@ class _Driver:
         self._patience *= 2
         return False
 
-    def start_listening(self) -> None:
-        """Begin a unit and, unless it is idle, listen."""
-        if self.begin() is not Mode.IDLE:
+    def begin_listening(self) -> None:
+        """Begin a unit, and listen unless it is idle."""
+        if self.begin() is Mode.IDLE:
+            self.interception.stop()
+        elif not self.interception.active:
             self.interception.start()
 
 
@@ -185,6 +186,8 @@ class Function(Generic[P, R]):
         name = getattr(wrapped, "__qualname__", type(wrapped).__name__)
         self._driver = _Driver(name, options)
         self._lock = threading.Lock()
+        self._steps_in_call = 0
+        self._steps_per_call: int | None = None
         self._bound: weakref.WeakKeyDictionary[Any, Function[..., Any]] = weakref.WeakKeyDictionary()
         if not isinstance(wrapped, torch.nn.Module):
             functools.update_wrapper(self, wrapped)
@@ -203,21 +206,41 @@ class Function(Generic[P, R]):
 
     def _run(self, *arguments: P.args, **keywords: P.kwargs) -> R:
         driver = self._driver
+        self._steps_in_call = 0
         mode = driver.begin()
         if mode is Mode.IDLE:
             result = self._wrapped(*arguments, **keywords)
             driver.end()
             return result
+        driver.between_units = self._after_step
         driver.interception.start()
         try:
             result = self._wrapped(*arguments, **keywords)
-            driver.end()
+            driver.between_units = None
+            if driver.interception.active:
+                self._end_call()
             return result
         except BaseException:
+            driver.between_units = None
             driver.runner.abandon()
             raise
         finally:
             driver.interception.stop()
+            self._steps_per_call = max(self._steps_per_call or 0, self._steps_in_call)
+
+    def _after_step(self) -> None:
+        """Go on with the next unit, or let the rest of the call, in which no step was ever seen, run unwatched."""
+        self._steps_in_call += 1
+        if self._steps_per_call is not None and self._steps_in_call >= self._steps_per_call:
+            self._driver.interception.stop()
+        else:
+            self._driver.begin_listening()
+
+    def _end_call(self) -> None:
+        if self._steps_in_call:  # what follows the last step: a return value, a log line
+            self._driver.runner.drop()
+        else:
+            self._driver.end()
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """Bind to an instance, as a plain function in a class does; each instance has its own graphs."""
@@ -261,13 +284,13 @@ class Program:
         driver = self._driver
         self._thread = threading.get_ident()
         self._stop_observing = observe_steps(self._on_step)
-        driver.on_idle = self._between_units
-        driver.start_listening()
+        driver.between_units = driver.begin_listening
+        driver.begin_listening()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         driver = self._driver
-        driver.on_idle = lambda: None
+        driver.between_units = None
         if self._stop_observing is not None:
             self._stop_observing()
         try:
@@ -281,14 +304,6 @@ class Program:
     def _on_step(self, _optimizer: Any) -> None:
         if not self._driver.interception.active and threading.get_ident() == self._thread:
             self._driver.end()
-
-    def _between_units(self) -> None:
-        driver = self._driver
-        mode = driver.begin()
-        if mode is Mode.IDLE:
-            driver.interception.stop()
-        elif not driver.interception.active:
-            driver.interception.start()
 
 
 def function(wrapped: Callable[P, R] | None = None, /, **options: Any) -> Any:

@@ -62,6 +62,8 @@ def _result_paths(node: Node) -> list[tuple[int, ...]]:
         return [(index,) for index in range(len(node.results))]
     paths: list[tuple[int, ...]] = []
     tensors = [i for i, result in enumerate(returns) if str(result.type) == "Tensor"]
+    if len(node.results) < len(tensors) == len(returns):
+        return [(index,) for index in _asked_for(node, len(returns))]
     lists = [i for i, result in enumerate(returns) if "List" in str(result.type)]
     if not lists:
         return [(index,) for index in tensors[: len(node.results)]]
@@ -71,3 +73,14 @@ def _result_paths(node: Node) -> list[tuple[int, ...]]:
     return paths
 
 
+
+
+def _asked_for(node: Node, count: int) -> list[int]:
+    """Return which results a backward operation was asked for, by its `output_mask`; else the first ones."""
+    given = (*node.arguments, *(argument for _, argument in node.keywords))
+    for mask in given:
+        if isinstance(mask, list) and len(mask) == count and all(isinstance(item, bool) for item in mask):
+            positions = [index for index, wanted in enumerate(mask) if wanted]
+            if len(positions) == len(node.results):
+                return positions
+    return list(range(len(node.results)))

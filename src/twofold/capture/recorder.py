@@ -101,8 +101,10 @@ class Recorder:
 
     def call(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Run a torch function and record it."""
-        if self.trace.refusal or self._announced or function in METADATA or function in FROM_HOST_DATA:
+        if self.trace.refusal or self._announced:
             return self._run_announced(function, arguments, keywords)
+        if function in METADATA or function in FROM_HOST_DATA:
+            return self._run_unrecorded(function, arguments, keywords)
         if function in HISTORY:
             if HISTORY[function] not in ("requires_grad", "is_leaf") and self._is_made_here(arguments[0]):
                 self._refuse("unsupported_call", f"reads .{HISTORY[function]} of an intermediate tensor")
@@ -122,9 +124,7 @@ class Recorder:
         """Run `function` and append it as an event, unless it turns out to be Python's own business."""
         given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
         if self._is_host_call(function, given, origin):
-            result = self._run_announced(function, arguments, keywords)
-            self._operations.clear()
-            return result
+            return self._run_unrecorded(function, arguments, keywords)
         ambient = current_ambient()
         self._note_leaves(given)
         templates = self._templates(arguments, keywords)
@@ -148,12 +148,12 @@ class Recorder:
         if self.trace.refusal is not None:
             return result
         if not self._announced:
-            if any(self._is_known_memory(t) for t in leaves((arguments, keywords), _TENSOR)):
+            if target is not torch.ops.aten.lift_fresh.default and any(self._is_known_memory(t) for t in leaves((arguments, keywords), _TENSOR)):
                 self._refuse("foreign_operation", f"{target} ran beneath no call of a torch function")
             return result
         if target.namespace == "profiler":
             return result
-        if not _DYNAMIC_TAGS.isdisjoint(target.tags) or _indexes_by_mask(target, arguments):
+        if _has_dynamic_shape(target, arguments):
             if target is not torch.ops.aten._local_scalar_dense.default:
                 self._refuse("data_dependent_shape", f"{target} yields a shape that depends on values")
             return result
@@ -256,8 +256,8 @@ class Recorder:
         """Whether a tensor that is alive carries autograd history that no backward has freed."""
         return any(
             _history(tensor, self._freed) == "live"
-            for reference in self._alive.values()
-            if (tensor := reference()) is not None
+            for identity, reference in self._references.items()
+            if isinstance(reference, Slot) and (tensor := self._alive[identity]()) is not None
         )
 
     def finish(self) -> Trace:
@@ -289,6 +289,12 @@ class Recorder:
             raise
         finally:
             self._announced -= 1
+
+    def _run_unrecorded(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        try:
+            return self._run_announced(function, arguments, keywords)
+        finally:
+            self._operations.clear()
 
     def _refuse(self, code: str, reason: str, origin: Origin | None = None) -> None:
         if self.trace.refusal is None:
@@ -365,6 +371,8 @@ class Recorder:
             if variable is not None:
                 self._note_leaves((variable,))
             pending.extend(edge for edge, _ in function.next_functions if edge is not None)
+        if any(tensor.grad_fn in seen for tensor in self.trace.externals if tensor.grad_fn is not None):
+            self._refuse("history_escapes", "backward goes on into autograd history made before this unit", origin)
         if not keeps:
             self._freed.update(seen)
 
@@ -489,9 +497,9 @@ def _history(tensor: torch.Tensor, freed: dict[Any, None]) -> str:
     return "freed" if tensor.grad_fn in freed else "live"
 
 
-def _indexes_by_mask(target: Any, arguments: tuple[Any, ...]) -> bool:
-    if target is not torch.ops.aten.index.Tensor:
-        return False
+def _has_dynamic_shape(target: Any, arguments: tuple[Any, ...]) -> bool:
+    if target is not torch.ops.aten.index.Tensor:  # tagged so, but only a mask makes it so
+        return not _DYNAMIC_TAGS.isdisjoint(target.tags)
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1])
 
 

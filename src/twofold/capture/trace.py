@@ -75,7 +75,9 @@ class Operation:
         yield from numbers_in(self.keywords)
 
     def writes(self) -> Iterator[int]:
-        """Yield the value numbers that the operation changes in place, by its schema."""
+        """Yield the value numbers that the operation changes in place, running statistics included."""
+        for index in hidden_writes(self.target, self.arguments):
+            yield from numbers_in(self.arguments[index])
         for index, argument in enumerate(self.target._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = self.arguments[index] if index < len(self.arguments) else self.keywords.get(argument.name)
@@ -148,6 +150,25 @@ class Trace:
     """Whether an optimizer made its state in this unit, so that the next step will do something else."""
     refusal: Refusal | None = None
 
+    def written_storages(self) -> set[int]:
+        """Return the identities of the storages that were given to the unit and that it wrote to."""
+        given = dict(zip(self.external_numbers, self.externals, strict=True)) | self.hidden
+        written = {n for event in self.events for operation in event.operations for n in operation.writes()}
+        return {given[number].untyped_storage()._cdata for number in written & given.keys()}
+
+
+_HIDDEN_WRITES = {
+    "aten::native_batch_norm": (3, 4),
+    "aten::cudnn_batch_norm": (3, 4),
+    "aten::miopen_batch_norm": (3, 4),
+}
+
+
+def hidden_writes(target: Any, arguments: tuple[Any, ...]) -> tuple[int, ...]:
+    """Return the positions of arguments that an operation changes although its schema does not say so."""
+    positions = _HIDDEN_WRITES.get(target._schema.name)
+    return positions if positions is not None and arguments[5] else ()
+
 
 def numbers_in(argument: Any) -> Iterator[int]:
     """Yield the value numbers inside nested arguments."""
@@ -175,7 +196,7 @@ def map_leaves(argument: Any, leaf: type | tuple[type, ...], function: Callable[
         return {key: map_leaves(item, leaf, function) for key, item in argument.items()}
     if kind is slice:
         return slice(*(map_leaves(item, leaf, function) for item in (argument.start, argument.stop, argument.step)))
-    if isinstance(argument, tuple):  # named tuples, torch.return_types
+    if isinstance(argument, tuple) and not isinstance(argument, torch.Size):  # named tuples, torch.return_types
         items = [map_leaves(item, leaf, function) for item in argument]
         return kind(items) if kind.__module__ == "torch.return_types" else _rebuild_tuple(kind, items)
     return argument

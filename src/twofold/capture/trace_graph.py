@@ -52,9 +52,10 @@ class Role:
 
     tensor: torch.Tensor | None
     spec: TensorSpec
+    is_leaf: bool
     is_parameter: bool
-    storages: dict[int, None]
-    """Storages of statics, shared by all roles of a TraceGraph: a feed must not alias one."""
+    written: dict[int, None]
+    """Storages that units write to, shared by all roles of a TraceGraph: a feed must not alias one."""
 
     def accepts(self, tensor: Any) -> bool:
         """Whether a tensor may be fed here."""
@@ -66,9 +67,9 @@ class Role:
             and tensor.shape == spec.shape
             and tensor.device == spec.device
             and tensor.requires_grad == spec.requires_grad
-            and tensor.grad_fn is None
+            and tensor.is_leaf == self.is_leaf
             and (tensor.is_contiguous() if spec.stride is None else tensor.stride() == spec.stride)
-            and tensor.untyped_storage()._cdata not in self.storages
+            and tensor.untyped_storage()._cdata not in self.written
         )
 
 
@@ -87,6 +88,8 @@ class Path:
     """Why the path stays eager for good, if it does."""
     units: int = 0
     """How often it ran as a graph."""
+    volatile: set[Any] = field(default_factory=set[Any])
+    """Optimizers seen with other hyper-parameters than those recorded."""
     kept: set[int] = field(default_factory=set[int])
     """Slots seen alive at the end of the unit: grows, never shrinks."""
 
@@ -159,13 +162,13 @@ class TraceGraph:
         self._leaves: dict[int, torch.Tensor] = {}
         self.host_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
         self.has_accelerator = False
-        self._static_storages: dict[int, None] = {}
+        self._written_storages: dict[int, None] = {}
 
     def clear(self) -> None:
         """Forget all paths; what was learned about sites and devices stays."""
         self.roots.clear()
         self.paths.clear()
-        self._static_storages.clear()
+        self._written_storages.clear()
 
     def signature(self) -> Signature:
         """Describe the state in which a unit begins, as far as a path depends on it.
@@ -220,6 +223,7 @@ class TraceGraph:
             node.end.seen += 1
             node.end.trace = trace
         node.end.kept |= trace.escapes.keys()
+        self._written_storages.update((storage, None) for storage in trace.written_storages())
         for passed in (root, *nodes):
             passed.latest = node.end
         return node.end
@@ -235,8 +239,7 @@ class TraceGraph:
     def _role(self, trace: Trace, index: int) -> Role:
         tensor = trace.externals[index]
         is_parameter = isinstance(tensor, torch.nn.Parameter)
-        self._static_storages[tensor.untyped_storage()._cdata] = None
-        return Role(tensor, TensorSpec.of(tensor), is_parameter, self._static_storages)
+        return Role(tensor, TensorSpec.of(tensor), tensor.is_leaf, is_parameter, self._written_storages)
 
     def _is_same(self, node: PathNode, event: Event, trace: Trace) -> bool:
         known = node.event
@@ -250,10 +253,7 @@ class TraceGraph:
             or not equal_templates(known.keywords, event.keywords)
         ):
             return False
-        return all(
-            self._admits(node, role, trace.externals[node.first_external + offset])
-            for offset, role in enumerate(node.roles)
-        )
+        return self._has_same_tensors(node, event, trace)
 
     def _admits(self, node: PathNode, role: Role, tensor: torch.Tensor) -> bool:
         if role.tensor is tensor:
@@ -266,7 +266,6 @@ class TraceGraph:
 
     def _relax(self, node: PathNode, role: Role) -> None:
         assert role.tensor is not None
-        self._static_storages.pop(role.tensor.untyped_storage()._cdata, None)
         role.tensor = None
         for path in self.paths:
             if node in path.nodes:
@@ -274,6 +273,13 @@ class TraceGraph:
                 for user in path.nodes:
                     assert user.event is not None
                     user.match = build_match(user.event, user.role_of)
+
+    def _has_same_tensors(self, node: PathNode, event: Event, trace: Trace) -> bool:
+        assert node.event is not None
+        return _references(node.event) == _references(event) and all(
+            self._admits(node, role, trace.externals[node.first_external + offset])
+            for offset, role in enumerate(node.roles)
+        )
 
     def _learn_site(self, parent: PathNode, event: Event, trace: Trace) -> bool:
         """Whether `event` differs from its siblings in constants alone, too often: then it becomes a host site."""
@@ -284,12 +290,19 @@ class TraceGraph:
         siblings = [
             c
             for c in parent.children
-            if c.event is not None and c.event.function == event.function and c.event.origin == event.origin
+            if c.event is not None
+            and c.event.function == event.function
+            and c.event.origin == event.origin
+            and self._has_same_tensors(c, event, trace)
         ]
         if len(siblings) + 1 < MAX_SITE_VARIANTS:
             return False
         self.host_sites |= {(event.function, event.origin)}
         return True
+
+
+def _references(event: Event) -> list[Any]:
+    return leaves((event.arguments, event.keywords), (Slot, External))
 
 
 def _switches() -> tuple[Any, ...]:

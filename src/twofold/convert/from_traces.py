@@ -8,7 +8,7 @@ memory and geometry are those of its operand is no node at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +55,8 @@ class OptimizerPlan:
 
     optimizer: Optimizer
     outside: bool
+    stepped: tuple[tuple[torch.Tensor, bool], ...]
+    """Its parameters, and whether each had a gradient."""
     free: tuple[str, ...]
     hyper_parameters: list[dict[str, Any]]
     parameters: tuple[tuple[torch.Tensor, ...], ...]
@@ -92,7 +94,9 @@ class Program:
     optimizers: dict[int, OptimizerPlan]
     """By index of the event."""
     fetches: dict[int, tuple[Value, ...]]
-    """The values that Python needs at each fetch, by index of the event, in order of the call's tensors."""
+    """The values that Python needs at each fetch, by index of the event, in order of the call's tensors.
+
+    An optimizer that steps outside is a fetch of its gradients, in order of the parameters that have one."""
     escapes: dict[int, Value]
     """Slots that may outlive the unit."""
     histories: dict[int, str]
@@ -100,18 +104,24 @@ class Program:
     uses_random: bool
     call_count: int
 
+    def position(self, event: int) -> int:
+        """Return how many segments must have run before the fetch at an event can be answered."""
+        return sum(index <= event for index in self.fetches)
 
-def build_program(path: Path, exact: bool) -> Program:
+
+def build_program(path: Path, exact: bool, volatile: Collection[Optimizer] = ()) -> Program:
     """Build the program of a path from its latest trace.
 
-    `exact`: keep eager's own operations, bit for bit; else optimizers may become fused kernels. Raises
+    `exact`: keep eager's own operations, bit for bit; else optimizers may become fused kernels. `volatile`:
+    optimizers whose hyper-parameters change all the time, so that no recorded step stands for the next. Raises
     `UnsupportedPath`.
     """
-    return _Builder(path, exact).build()
+    return _Builder(path, exact, volatile).build()
 
 
 class _Builder:
-    def __init__(self, path: Path, exact: bool) -> None:
+    def __init__(self, path: Path, exact: bool, volatile: Collection[Optimizer]) -> None:
+        self.volatile = volatile
         self.path = path
         self.trace: Trace = path.trace
         self.exact = exact
@@ -203,13 +213,16 @@ class _Builder:
     def _add_event(self, index: int, event: Event) -> None:
         if event.kind == "fetch":
             tensors = [self._reference(leaf) for leaf in leaves((event.arguments, event.keywords), _REFERENCES)]
-            self.fetches[index] = tuple(tensors)
-            self.nodes.append(Node("fetch", None, (list(tensors),), (), (), origin=event.origin))
+            self._add_fetch(index, event, tensors)
         elif event.kind == "optimizer":
             self._add_optimizer(index, event)
         else:
             for operation in event.operations:
                 self._add_operation(operation, event)
+
+    def _add_fetch(self, index: int, event: Event, values: list[Value]) -> None:
+        self.fetches[index] = tuple(values)
+        self.nodes.append(Node("fetch", None, (values,), (), (), origin=event.origin))
 
     def _reference(self, reference: Any) -> Value:
         trace = self.trace
@@ -254,18 +267,16 @@ class _Builder:
             free = ("lr",)
             for target, arguments, keywords in calls:
                 self._call(target, arguments, keywords, event.origin)
-        elif replays_exactly(optimizer):
+        elif replays_exactly(optimizer) and optimizer not in self.volatile:
             for operation in event.operations:
                 self._add_operation(operation, event)
-        elif index == len(self.trace.events) - 1:
-            outside = True
         else:
-            raise UnsupportedPath(
-                "unsupported_call", f"{type(optimizer).__name__} steps in the middle of a unit", event.origin
-            )
+            outside = True
+            self._add_fetch(index, event, [self._value(n.index) for n in event.outcome if n is not None])
         self.optimizers[index] = OptimizerPlan(
             optimizer,
             outside,
+            tuple((p, n is not None) for p, n in zip(parameters_of(optimizer), event.outcome, strict=True)),
             free,
             [] if outside else hyper_parameters(optimizer, free),
             tuple(tuple(group["params"]) for group in optimizer.param_groups),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from twofold.capture.trace import hidden_writes
 from twofold.graph import Graph, Node, Value, values_in
 
 
@@ -141,9 +142,9 @@ def writes_of(node: Node) -> tuple[Value, ...]:
     schema = getattr(node.target, "_schema", None)
     if schema is None:  # a fused optimizer kernel called by its builtin: it may write to all it is given
         return node.operands
-    hidden = _HIDDEN_WRITES.get(schema.name)
-    if hidden is not None:
-        return tuple(v for index in hidden for v in values_in(node.arguments[index])) if node.arguments[5] else ()
+    hidden = hidden_writes(node.target, node.arguments)
+    if hidden:
+        return tuple(value for index in hidden for value in values_in(node.arguments[index]))
     if not schema.is_mutable:
         return ()
     keywords = dict(node.keywords)
@@ -153,13 +154,6 @@ def writes_of(node: Node) -> tuple[Value, ...]:
             given = node.arguments[index] if index < len(node.arguments) else keywords.get(argument.name)
             written.extend(values_in(given))
     return tuple(written)
-
-
-_HIDDEN_WRITES = {
-    "aten::native_batch_norm": (3, 4),
-    "aten::cudnn_batch_norm": (3, 4),
-    "aten::miopen_batch_norm": (3, 4),
-}
 
 
 def written_roots(segment: Segment, views: dict[Value, Node]) -> set[Value]:

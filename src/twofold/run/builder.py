@@ -80,7 +80,7 @@ class Builder:
             return
         try:
             with unheard(), torch.no_grad():
-                path.program = build_program(path, exact=self._is_exact())
+                path.program = build_program(path, self._is_exact(), path.volatile)
                 self._install_first(path, state, accelerator)
         except UnsupportedPath as refusal:
             if refusal.code != "new_path":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from twofold.backends.executable import Environment, Executable
-from twofold.convert.from_traces import Program
+from twofold.convert.from_traces import OptimizerPlan, Program
 from twofold.convert.segments import root_of, written_roots
 from twofold.graph import Node, Value, run_node
 
@@ -91,8 +91,7 @@ class GraphRunner:
         self._feeds = feeds
         self._saved: dict[Value, torch.Tensor] = {}
         self._random: RandomState | None = None
-        for value, index in self.program.feeds.items():
-            self.environment[value] = feeds[index]
+        self._undo: list[Callable[[], None]] = []
         for value, setting in self.program.settings.items():
             self.environment[value] = setting.read()
         for plan in self.program.gradients:
@@ -106,6 +105,9 @@ class GraphRunner:
             index = self.launched
             if index < len(program.segments) - 1 or self._saved:
                 self._save(index)
+            for value, number in program.feeds.items():
+                if number in self._feeds:
+                    self.environment[value] = self._feeds[number]
             self.launched += 1
             self.installed.executable.launch(index, self.environment)
 
@@ -141,13 +143,44 @@ class GraphRunner:
             if plan.leaf.grad is not gradient:
                 plan.leaf.grad = gradient
 
+    def prepare_step(self, plan: OptimizerPlan, index: int, is_last: bool) -> None:
+        """Hand an optimizer that steps outside its gradients. `is_last`: nothing can be discarded any more."""
+        gradients = iter([self.value(value) for value in self.program.fetches[index]])
+        if not is_last:
+            self._undo.append(_saved_step(plan))
+        for parameter, has_gradient in plan.stepped:
+            parameter.grad = next(gradients) if has_gradient else None
+
     def discard(self) -> None:
-        """Put back all that launched segments wrote, random states included."""
+        """Put back all that launched segments and outside steps wrote, random states included."""
+        for undo in reversed(self._undo):
+            undo()
         for value, saved in self._saved.items():
             self.environment[value].copy_(saved)
         if self._random is not None:
             self._random.restore()
         self._saved.clear()
+
+
+def _saved_step(plan: OptimizerPlan) -> Callable[[], None]:
+    """Copy what a step of an optimizer writes to; return how to put it back."""
+    stepped = [parameter for parameter, has_gradient in plan.stepped if has_gradient]
+    gradients = [(parameter, parameter.grad) for parameter, _ in plan.stepped]
+    states = [plan.optimizer.state[parameter] for parameter in stepped]
+    written = [*stepped, *(t for state in states for t in state.values() if isinstance(t, torch.Tensor))]
+    copies = [(tensor, tensor.detach().clone()) for tensor in written]
+    numbers = [dict(state) for state in states]
+
+    def undo() -> None:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for state, known in zip(states, numbers, strict=True):
+            state.clear()
+            state.update(known)
+        for tensor, copy in copies:
+            tensor.copy_(copy)
+
+    return undo
 
 
 def feed_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -54,8 +54,6 @@ class PythonRunner:
         self._run: GraphRunner | None = None
         self._run_path: Path | None = None
         self._stepping: Optimizer | None = None
-        self._ends_with_step = False
-        self._finished_path: Path | None = None
 
     # ---- units -------------------------------------------------------------------------------------------
 
@@ -76,18 +74,33 @@ class PythonRunner:
 
     def end(self) -> None:
         """Finish the unit: launch what is left and commit, or close the trace."""
-        if self._node is not None:
-            self._finish_graph(self._node)
+        with torch._C.DisableTorchFunction():  # the program's modes are on here; operations must be heard still
+            if self._node is not None:
+                self._finish_graph(self._node)
+            if self._recorder is not None:
+                self._finish_trace()
+
+    def drop(self) -> None:
+        """End a unit that is no unit, without a trace: all that it did was done eagerly."""
+        if self._node is not None and self._node.parent is not None:
+            with torch._C.DisableTorchFunction():
+                self.leave("new_path", "calls after the last optimizer step of a call")
+        self._node = None
         if self._recorder is not None:
-            self._finish_trace()
+            with unheard():
+                self._recorder.finish()
+            self._recorder = None
+        self._reset()
 
     def abandon(self) -> None:
         """End a unit that an exception leaves: state becomes what eager execution has at that line."""
         if self._node is not None and self._node.parent is not None:
-            self.leave("unit_raised", "the program raised an exception inside the unit")
+            with torch._C.DisableTorchFunction():
+                self.leave("unit_raised", "the program raised an exception inside the unit")
         self._node = None
         if self._recorder is not None:
-            trace = self._recorder.finish()
+            with unheard():
+                trace = self._recorder.finish()
             self._recorder = None
             self._reset()
             self.account.eager_calls += len(trace.events)
@@ -105,7 +118,7 @@ class PythonRunner:
     def call(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Answer a torch function; see `Listener`."""
         node = self._node
-        if node is None:
+        if node is None or self._stepping is not None:
             if self._recorder is not None:
                 return self._recorder.call(function, arguments, keywords)
             return function(*arguments, **keywords)
@@ -235,26 +248,30 @@ class PythonRunner:
         holds = plan is not None and plan.still_holds()
         if not holds:
             path.stale = True
+            path.volatile.add(node.event.arguments[0])  # type: ignore[union-attr]
         return holds
 
     def _follow_step(self, node: PathNode, optimizer: Optimizer) -> Any:
         path = node.latest
         assert path is not None
-        self._stepping = optimizer
+        plan = path.program.optimizers[node.depth]
+        if plan.outside:
+            is_last = node.end is path and path.kept.issuperset(escaped(self._slots))
+            if not self._ensure_run(path):
+                self.leave("new_path", "an optimizer steps on a path with no graph yet")
+                return self.before_step(optimizer, (optimizer,), {})
+            assert self._run is not None
+            with unheard(), torch.no_grad():
+                self._run.launch_through(path.program.position(node.depth))
+                self._run.prepare_step(plan, node.depth, is_last)
         self._node = node
-        if path.program.optimizers[node.depth].outside:
-            self._ends_with_step = self._finish_graph(node)
-            return None
-        return (_stand_in(optimizer),), {}
+        self._stepping = optimizer
+        return None if plan.outside else ((_stand_in(optimizer),), {})
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Answer the end of `optimizer.step()`, where a unit ends; see `Listener`."""
         if self._stepping is optimizer:
             self._stepping = None
-            if self._ends_with_step:
-                self._ends_with_step = False
-                self._on_end(self._finished_path, None, self._signature)
-                return
             if self._node is not None and self._node.end is not None:
                 self.end()
             return
@@ -273,10 +290,8 @@ class PythonRunner:
             self.leave("new_path", "a value is needed on a path with no graph yet")
             return self.call(function, arguments, keywords)
         assert self._run is not None
-        fetches = sorted(path.program.fetches)
-        position = fetches.index(node.depth)
         with unheard(), torch.no_grad():
-            self._run.launch_through(position + 1)
+            self._run.launch_through(path.program.position(node.depth))
             values = iter([self._run.value(v) for v in path.program.fetches[node.depth]])
         shows_history = function in (_TENSOR.__repr__, _TENSOR.__format__)
 
@@ -336,10 +351,8 @@ class PythonRunner:
                 run.commit_gradients()
             self._hand_out(path, run, alive)
         self._node = None
-        self._finished_path = path
         self._reset()
-        if self._stepping is None:
-            self._on_end(path, None, self._signature)
+        self._on_end(path, None, self._signature)
         return True
 
     def _hand_out(self, path: Path, run: GraphRunner, alive: list[int]) -> None:
