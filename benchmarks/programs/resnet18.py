@@ -1,4 +1,4 @@
-"""Batch normalisation and residual connections: ResNet-18 for 32x32 images, buffers updated in place."""
+"""Batch normalisation and residual connections: ResNet-18 on 32x32 images, buffers updated in place."""
 
 import torch
 from torch import nn
@@ -35,11 +35,13 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, one stage a width (each but the first halves the image), and a linear classifier."""
+    """The stem of He et al. (2016), one stage a width (each but the first halves the image), a linear classifier."""
 
     def __init__(self, widths: tuple[int, ...], blocks_a_stage: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(convolution(3, widths[0], 3, 1), nn.BatchNorm2d(widths[0]), nn.ReLU())
+        self.stem = nn.Sequential(
+            convolution(3, widths[0], 7, 2), nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)
+        )
         blocks: list[nn.Module] = []
         inputs = widths[0]
         for stage, width in enumerate(widths):

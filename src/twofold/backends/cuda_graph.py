@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from twofold.convert.from_traces import Program
+from twofold.convert.segments import written_roots
 from twofold.graph import TensorSpec, Value
 
 from .executable import Environment, Executable
@@ -25,8 +26,14 @@ class CaptureFailed(Exception):
 
 
 @functools.cache
-def _pool() -> Any:
-    return torch.cuda.graph_pool_handle()
+def _pool() -> tuple[Any, torch.cuda.CUDAGraph]:
+    """Return the pool of all captures, with an empty graph that keeps it alive when no other does."""
+    pool = torch.cuda.graph_pool_handle()
+    keeper = torch.cuda.CUDAGraph()
+    keeper.capture_begin(pool, "thread_local")
+    torch.zeros(1, device="cuda")
+    keeper.capture_end()
+    return pool, keeper
 
 
 @functools.cache
@@ -54,7 +61,12 @@ class CudaGraphExecutable:
         self._last_settings: dict[Value, Any] = {value: given[value] for value in program.settings}
         self._graphs: list[tuple[torch.cuda.CUDAGraph, tuple[Value, ...]]] = []
         self._copies = self._plan_copies()
+        self._written = [
+            [value for value in written_roots(segment, program.views) if value in self._buffers]
+            for segment in program.segments
+        ]
         with _on_side_stream():
+            _pool()
             if warm_up:
                 scratch = dict(self._static)
                 for index in range(len(program.segments)):
@@ -75,7 +87,7 @@ class CudaGraphExecutable:
         environment = dict(self._static)
         for index, segment in enumerate(self._program.segments):
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(_pool(), "thread_local")
+            graph.capture_begin(_pool()[0], "thread_local")
             try:
                 inner.launch(index, environment)
             except BaseException as error:
@@ -101,6 +113,8 @@ class CudaGraphExecutable:
                 buffer.copy_(given)
         graph, outputs = self._graphs[index]
         graph.replay()
+        for value in self._written[index]:  # a gradient that was accumulated into stays the user's own tensor
+            environment[value].copy_(self._buffers[value])
         for value in outputs:
             environment[value] = self._static[value]
 

@@ -11,6 +11,7 @@ out to change becomes a feed, and the paths through it are built again.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,12 +91,19 @@ class Path:
     """How often it ran as a graph."""
     volatile: set[Any] = field(default_factory=set[Any])
     """Optimizers seen with other hyper-parameters than those recorded."""
+    _makers: list[PathNode] = field(default_factory=list["PathNode"])
     kept: set[int] = field(default_factory=set[int])
     """Slots seen alive at the end of the unit: grows, never shrinks."""
 
     @property
     def call_count(self) -> int:
         return len(self.nodes)
+
+    def maker_of(self, slot: int) -> PathNode:
+        """Return the node whose call makes a slot."""
+        if not self._makers:
+            self._makers = [node for node in self.nodes if node.event is not None for _ in node.event.made]
+        return self._makers[slot]
 
 
 class PathNode:
@@ -109,8 +117,12 @@ class PathNode:
         "event",
         "first_external",
         "function",
+        "fed",
         "grad",
+        "has_autocast",
+        "kind",
         "latest",
+        "makes_one",
         "match",
         "parent",
         "placeholders",
@@ -130,9 +142,18 @@ class PathNode:
         if event is not None:
             self.function = event.function
             self.grad = event.ambient.grad
+            self.kind = event.kind
             self.ambient = event.ambient
+            self.makes_one = event.outcome == Slot(event.first_slot) and len(event.made) == 1
+            self.has_autocast = bool(event.ambient.autocast)
             self.placeholders = [None] * len(event.made)
-            self.match: Match = build_match(event, self.role_of)
+            self.compile_match()
+
+    def compile_match(self) -> None:
+        """Compile the check of this event for the roles as they are now."""
+        assert self.event is not None
+        self.match: Match = build_match(self.event, self.role_of)
+        self.fed = tuple(self.first_external + i for i, role in enumerate(self.roles) if role.tensor is None)
 
     def role_of(self, index: int) -> tuple[Role, bool]:
         """Return the role of an external, and whether it is first used here."""
@@ -176,7 +197,8 @@ class TraceGraph:
         For each leaf known to get gradients: whether it has one, requires one, and runs hooks. Then the switches
         of PyTorch that choose kernels.
         """
-        return (_switches(), *[_leaf_state(leaf) for leaf in self._leaves.values()])
+        states = map(_leaf_state, self._leaves.values())
+        return (_switches(), *[(grad is None, needs, not hooks, not late) for grad, needs, hooks, late in states])
 
     def root(self, signature: Signature) -> PathNode:
         """Return the root for units that begin so."""
@@ -192,7 +214,7 @@ class TraceGraph:
             return signature
         self.clear()
         self._leaves.update((id(g.leaf), g.leaf) for g in added)
-        return (*signature, *[(g.entry is None, g.leaf.requires_grad, False) for g in added])
+        return (*signature, *[(g.entry is None, g.leaf.requires_grad, True, True) for g in added])
 
     def merge(self, trace: Trace, signature: Signature) -> Path | None:
         """Add a trace of a unit that began so; return its path.
@@ -271,8 +293,7 @@ class TraceGraph:
             if node in path.nodes:
                 path.stale = True
                 for user in path.nodes:
-                    assert user.event is not None
-                    user.match = build_match(user.event, user.role_of)
+                    user.compile_match()
 
     def _has_same_tensors(self, node: PathNode, event: Event, trace: Trace) -> bool:
         assert node.event is not None
@@ -315,9 +336,7 @@ def _switches() -> tuple[Any, ...]:
     )
 
 
-def _leaf_state(leaf: torch.Tensor) -> tuple[bool, bool, bool]:
-    hooked = bool(leaf._backward_hooks) or bool(getattr(leaf, "_post_accumulate_grad_hooks", None))
-    return leaf.grad is None, leaf.requires_grad, hooked
+_leaf_state = operator.attrgetter("grad", "requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def _externals_of(event: Event, trace: Trace) -> list[torch.Tensor]:

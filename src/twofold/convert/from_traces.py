@@ -61,6 +61,8 @@ class OptimizerPlan:
     hyper_parameters: list[dict[str, Any]]
     parameters: tuple[tuple[torch.Tensor, ...], ...]
     state: Any
+    stand_in: Any
+    """An optimizer of the same class without parameters, for `step` to do nothing with."""
 
     def still_holds(self) -> bool:
         """Whether the optimizer is as it was when the graph was built, learning rate aside where it is free."""
@@ -74,6 +76,12 @@ class OptimizerPlan:
             )
             and (self.outside or hyper_parameters(self.optimizer, self.free) == self.hyper_parameters)
         )
+
+
+def _stand_in(optimizer: Optimizer) -> Any:
+    stand_in: Any = object.__new__(type(optimizer))
+    stand_in.__dict__.update(optimizer.__dict__, param_groups=[], state={})
+    return stand_in
 
 
 def _same(left: object, right: object) -> bool:
@@ -234,7 +242,8 @@ class _Builder:
         if results and all(number in self.values for number in results) and not operation.target._schema.is_mutable:
             return  # a view of the same memory in the same geometry, as `detach` makes
         devices = {self.trace.specs[n].device.type for n in (*operation.reads(), *results)}
-        if len(devices) > 1:
+        if len(devices) > 1 and "scaled_dot_product" not in operation.target.name():
+            # (attention hands its backward the random seed, on the CPU, and under a capture on the device)
             raise UnsupportedPath("unsupported_call", f"{operation.target} mixes devices", event.origin)
         arguments, keywords = map_leaves(
             (operation.arguments, operation.keywords), Number, lambda n: self._value(n.index)
@@ -281,6 +290,7 @@ class _Builder:
             [] if outside else hyper_parameters(optimizer, free),
             tuple(tuple(group["params"]) for group in optimizer.param_groups),
             optimizer.state,
+            _stand_in(optimizer),
         )
 
     def _lower(self, optimizer: Optimizer, event: Event) -> Any:

@@ -21,7 +21,7 @@ from twofold.backends.cuda_graph import CaptureFailed, CudaGraphExecutable
 from twofold.backends.executable import Executable
 from twofold.backends.inductor import CompileFailed, InductorExecutable, piece_texts
 from twofold.backends.replay import ReplayExecutable
-from twofold.capture.intercept import unheard
+from twofold.capture.intercept import modes_taken_off
 from twofold.capture.trace_graph import Path
 from twofold.convert.from_traces import Program, UnsupportedPath, build_program
 from twofold.options import Options, has_cpp_compiler
@@ -79,7 +79,7 @@ class Builder:
             self._block(path, "argument_changes", "the graph of this path had to be built again and again")
             return
         try:
-            with unheard(), torch.no_grad():
+            with modes_taken_off(), torch.no_grad():
                 path.program = build_program(path, self._is_exact(), path.volatile)
                 self._install_first(path, state, accelerator)
         except UnsupportedPath as refusal:
@@ -104,7 +104,7 @@ class Builder:
             self._say_compile_failed(str(failure))
             return
         began = time.perf_counter()
-        with unheard(), torch.no_grad():
+        with modes_taken_off(), torch.no_grad():
             inner = InductorExecutable(path.program, compiler().artifact)
             self._install(path, state, inner, accelerator)
         self.account.stall_seconds += time.perf_counter() - began

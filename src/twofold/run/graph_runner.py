@@ -188,7 +188,7 @@ def feed_copy(tensor: torch.Tensor) -> torch.Tensor:
 
     On CUDA the stream orders reads and writes; on the CPU, NumPy may write to the same memory unseen.
     """
-    return tensor if tensor.device.type != "cpu" else tensor.detach().clone()
+    return tensor if tensor.is_cuda else tensor.detach().clone()
 
 
 def example_environment(program: Program) -> dict[Value, Any]:

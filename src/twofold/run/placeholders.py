@@ -36,6 +36,14 @@ def fill_placeholder(placeholder: torch.Tensor, value: torch.Tensor) -> None:
     torch._C._swap_tensor_impl(placeholder, value)  # type: ignore[attr-defined]
 
 
+def recycle(used_up: torch.Tensor, made: Made) -> torch.Tensor | None:
+    """Return the object that `fill_placeholder` used up as a new placeholder; None if it cannot serve as one."""
+    if used_up.requires_grad or not used_up.untyped_storage().size() == 0:
+        return None
+    mark_placeholder(used_up, made)
+    return used_up
+
+
 FREED_MESSAGE = (
     "Trying to backward through the graph a second time (or directly access saved tensors after they have already "
     "been freed). Saved intermediate values of the graph are freed when you call .backward() or autograd.grad(). "

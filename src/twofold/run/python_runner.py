@@ -20,15 +20,17 @@ from torch.optim.optimizer import Optimizer
 from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, display_name
 from twofold.capture.intercept import unheard, user_origin
 from twofold.capture.recorder import Recorder, current_ambient
-from twofold.capture.trace import External, Slot, Trace, leaves, map_leaves
+from twofold.capture.trace import External, Made, Slot, Trace, leaves, map_leaves
 from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph, is_placeholder
 from twofold.graph import ambient_context
 
 from .account import Account
 from .graph_runner import GraphRunner, Installed, feed_copy
-from .placeholders import escaped, fill_placeholder, make_placeholder, with_freed_history
+from .placeholders import escaped, fill_placeholder, make_placeholder, recycle, with_freed_history
 
 _TENSOR = torch.Tensor
+_is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # type: ignore[attr-defined]
 
 
 class UnitEnd(Protocol):
@@ -125,23 +127,29 @@ class PythonRunner:
         for child in node.children:
             if (
                 (function is child.function or function == child.function)
-                and child.event.kind != "optimizer"  # type: ignore[union-attr]
+                and child.kind != "optimizer"
                 and child.match(arguments, keywords, self._slots, self._feeds)
-                and torch.is_grad_enabled() is child.grad
-                and _autocast_agrees(child)
+                and _is_grad_enabled() is child.grad
+                and _is_any_autocast_enabled() is child.has_autocast
+                and (not child.has_autocast or current_ambient() == child.ambient)
             ):
                 return self._advance(child, function, arguments, keywords)
         return self._unexpected(function, arguments, keywords)
 
     def _advance(self, node: PathNode, function: Any, arguments: Any, keywords: Any) -> Any:
         self._node = node
-        event = node.event
-        assert event is not None
-        if node.roles:
+        event: Any = node.event
+        if node.fed:
             self._copy_feeds(node)
-        if event.kind == "fetch":
+        if node.kind == "fetch":
             return self._fetch(node, function, arguments, keywords)
         slots = self._slots
+        if node.makes_one:
+            placeholder = node.placeholders[0]
+            if placeholder is None:
+                placeholder = node.placeholders[0] = make_placeholder(event.made[0])
+            slots.append(placeholder)
+            return placeholder
         for index, placeholder in enumerate(node.placeholders):
             if placeholder is None:
                 placeholder = node.placeholders[index] = make_placeholder(event.made[index])
@@ -154,10 +162,9 @@ class PythonRunner:
         return map_leaves(outcome, (Slot, External), self._resolve)
 
     def _copy_feeds(self, node: PathNode) -> None:
-        for index in range(node.first_external, node.first_external + len(node.roles)):
-            tensor = self._feeds.get(index)
-            if tensor is not None:
-                self._copied[index] = feed_copy(tensor)
+        with unheard():
+            for index in node.fed:
+                self._copied[index] = feed_copy(self._feeds[index])
 
     def _resolve(self, reference: Slot | External) -> torch.Tensor:
         if type(reference) is Slot:
@@ -235,7 +242,7 @@ class PythonRunner:
             node = next((c for c in self._node.children if _steps(c, optimizer)), None)
             if node is not None and len(arguments) == 1 and not keywords and self._step_is_known(node):
                 return self._follow_step(node, optimizer)
-            self.leave("new_path", f"unexpected step of {type(optimizer).__name__}")
+            self.leave("new_path", f"{type(optimizer).__name__}.step on a path with no graph yet, or set otherwise")
         if self._recorder is not None:
             self._recorder.before_step(optimizer, arguments, keywords)
         return None
@@ -266,7 +273,7 @@ class PythonRunner:
                 self._run.prepare_step(plan, node.depth, is_last)
         self._node = node
         self._stepping = optimizer
-        return None if plan.outside else ((_stand_in(optimizer),), {})
+        return None if plan.outside else ((plan.stand_in,), {})
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Answer the end of `optimizer.step()`, where a unit ends; see `Listener`."""
@@ -356,24 +363,20 @@ class PythonRunner:
         return True
 
     def _hand_out(self, path: Path, run: GraphRunner, alive: list[int]) -> None:
+        """Give the placeholders that Python holds their values; the objects used up become placeholders in turn."""
         for index in alive:
             placeholder = self._slots[index]
             with torch.no_grad():
                 value = run.owned_value(path.program.escapes[index])
-            made = placeholder._twofold_made  # type: ignore[attr-defined]
+            made: Made = placeholder._twofold_made  # type: ignore[attr-defined]
             if made.requires_grad:
                 if made.grad_function:
                     value = with_freed_history(value, made.grad_function)
                 else:
                     value.requires_grad_()
             fill_placeholder(placeholder, value)
-        if alive:
-            given_away = {id(self._slots[index]) for index in alive}
-            for node in path.nodes:
-                node.placeholders = [
-                    None if placeholder is None or id(placeholder) in given_away else placeholder
-                    for placeholder in node.placeholders
-                ]
+            node = path.maker_of(index)
+            node.placeholders[index - node.event.first_slot] = recycle(value, made)  # type: ignore[union-attr]
 
     def _finish_trace(self) -> None:
         recorder, self._recorder = self._recorder, None
@@ -425,21 +428,6 @@ class PythonRunner:
         node.placeholders = [None] * len(node.placeholders)
 
 
-def _autocast_agrees(node: PathNode) -> bool:
-    expected = node.ambient.autocast
-    if not expected:
-        return not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
-    return current_ambient() == node.ambient
-
-
 def _steps(node: PathNode, optimizer: Optimizer) -> bool:
     event = node.event
     return event is not None and event.kind == "optimizer" and event.arguments[0] is optimizer
-
-
-def _stand_in(optimizer: Optimizer) -> Optimizer:
-    """Return an optimizer of the same class without parameters, for `step` to do nothing with."""
-    stand_in: Any = object.__new__(type(optimizer))
-    stand_in.__dict__.update(optimizer.__dict__, param_groups=[], state={})
-    return stand_in
-
