@@ -19,13 +19,13 @@ import time
 import weakref
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
 from twofold.capture.intercept import Interception, current_listener, observe_steps
 from twofold.capture.trace import Trace
-from twofold.capture.trace_graph import Path, Signature, TraceGraph
+from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
 from twofold.errors import NotConvertibleError, OptionError
 from twofold.options import Options
 from twofold.report import Report
@@ -40,8 +40,8 @@ MAX_PATHS = 64
 """Paths kept for one program; each holds a graph and, on a GPU, its memory."""
 MAX_NEW_IN_A_ROW = 24
 """So many recorded units without one that was seen before, and recording stops: the paths do not repeat."""
-RETRY_AFTER = 500
-"""Units after which a blocked path is looked at again; the distance doubles each time."""
+RETRY_AFTER = 50
+"""Units after which recording is tried again where it failed or did not pay; the distance doubles each time."""
 
 
 class Mode(Enum):
@@ -89,17 +89,25 @@ class _Driver:
         """Decide how the next unit runs."""
         if self.options.engine == "eager" or self._has_given_up():
             return Mode.IDLE
-        path = self._likely = self.graph.root(signature).latest
+        root = self.graph.root(signature)
+        if self.account.iterations < root.idle_until:
+            return Mode.IDLE
+        path = self._likely = root.latest
         if path is None:
             return Mode.RECORD
         if path.blocked:
-            return Mode.IDLE
+            return Mode.FOLLOW if self._others_run(root, path) else Mode.IDLE
         self.builder.poll(path, self.graph.has_accelerator)
         if path.stale or (path.seen < self.options.warm_up and path.executable is None):
             return Mode.RECORD
         if path.executable is None or self.builder.wants_eager_samples():
             return Mode.IDLE
         return Mode.FOLLOW
+
+    def _others_run(self, root: PathNode, blocked: Path) -> bool:
+        """Whether units that begin at `root` take a path that runs as a graph more often than a blocked one."""
+        known = [path for path in self.graph.paths if path.nodes[0].parent is root and path.executable is not None]
+        return sum(path.units + path.seen for path in known) > blocked.seen
 
     def end(self) -> None:
         """Finish the unit, if it has seen anything."""
@@ -118,6 +126,7 @@ class _Driver:
             account.graph_iterations += 1
             account.graph_calls += path.call_count
             self._new_in_a_row = 0
+            self.graph.root(signature).refusals = 0
             path.units += 1
             account.span("graph", account.backend, int(self._began * 1e9), int((self._began + seconds) * 1e9))
             if self._timing:
@@ -135,7 +144,25 @@ class _Driver:
         if self.between_units is not None:
             self.between_units()
 
+    def _learn_refusal(self, trace: Trace, root: PathNode) -> None:
+        """Take a unit that cannot run as a graph. Two in a row, and its kind is left alone for a while."""
+        refusal = trace.refusal
+        assert refusal is not None
+        origin = None if refusal.origin is None else str(refusal.origin)
+        self.account.fallback(refusal.code, refusal.reason, origin)
+        root.refusals += 1
+        if root.refusals >= self.options.warm_up:
+            pause = RETRY_AFTER * 2 ** (root.refusals - self.options.warm_up)
+            root.idle_until = self.account.iterations + pause
+            self.account.decision(f"eager for {pause} units: {refusal.code}")
+        if self.options.strict:
+            raise NotConvertibleError(f"{self.account.name} stays eager: {refusal.reason} ({origin})")
+
     def _learn(self, trace: Trace, signature: Signature) -> None:
+        if trace.refusal is not None:
+            self._learn_refusal(trace, self.graph.root(signature))
+            return
+        self.graph.root(signature).refusals = 0
         if len(self.graph.paths) >= MAX_PATHS:
             self.account.fallback("too_many_paths", f"more than {MAX_PATHS} paths")
             return
@@ -169,6 +196,12 @@ class _Driver:
         self._patience *= 2
         return False
 
+    def note_empty(self) -> None:
+        """Count a call that made no tensor calls at all."""
+        self.account.iterations += 1
+        self.account.eager_iterations += 1
+        self.account.fallback("no_tensor_calls", "the unit made no tensor calls")
+
     def begin_listening(self) -> None:
         """Begin a unit, and listen unless it is idle."""
         if self.begin() is Mode.IDLE:
@@ -188,7 +221,7 @@ class Function(Generic[P, R]):
         self._lock = threading.Lock()
         self._steps_in_call = 0
         self._steps_per_call: int | None = None
-        self._bound: weakref.WeakKeyDictionary[Any, Function[..., Any]] = weakref.WeakKeyDictionary()
+        self._bound: dict[int, tuple[weakref.ref[Any], Function[..., Any]]] = {}
         if not isinstance(wrapped, torch.nn.Module):
             functools.update_wrapper(self, wrapped)
 
@@ -237,25 +270,35 @@ class Function(Generic[P, R]):
             self._driver.begin_listening()
 
     def _end_call(self) -> None:
+        driver = self._driver
         if self._steps_in_call:  # what follows the last step: a return value, a log line
-            self._driver.runner.drop()
+            driver.runner.drop()
+        elif driver.runner.in_unit:
+            driver.end()
         else:
-            self._driver.end()
+            driver.runner.drop()
+            driver.note_empty()
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """Bind to an instance, as a plain function in a class does; each instance has its own graphs."""
         if instance is None:
             return self
-        bound = self._bound.get(instance)
-        if bound is None:
-            reference = weakref.ref(instance)
-            function = self._wrapped
+        identity = id(instance)
+        known = self._bound.get(identity)
+        if known is not None and known[0]() is instance:
+            return known[1]
+        function: Any = self._wrapped
+        try:
+            reference = weakref.ref(instance, lambda _: self._bound.pop(identity, None))
+        except TypeError:  # an instance that cannot be remembered has nowhere to keep its graphs
+            return function.__get__(instance, owner)
 
-            @functools.wraps(cast(Any, function))
-            def method(*arguments: Any, **keywords: Any) -> Any:
-                return cast(Any, function)(reference(), *arguments, **keywords)
+        @functools.wraps(function)
+        def method(*arguments: Any, **keywords: Any) -> Any:
+            return function(reference(), *arguments, **keywords)
 
-            bound = self._bound[instance] = Function(method, self._options)
+        bound = Function(method, self._options)
+        self._bound[identity] = reference, bound
         return bound
 
     def __getattr__(self, name: str) -> Any:

@@ -76,7 +76,10 @@ def test_function_that_nobody_watches_is_exact_at_the_end(name: str, device: str
 def test_program_runs_as_graphs_and_is_exact_at_the_end(name: str, device: str) -> None:
     configuration = program(numerics="exact", backend=EXACT_BACKEND[device], background=False)
     report = assert_same(factory(name, device), steps_of(name), configuration, observe="end")
-    assert_ran_as_graphs(report)
+    if name == "actor_critic":  # its policies keep probabilities, with history, past every step of the optimizer
+        assert {fallback["code"] for fallback in report["fallbacks"]} == {"history_escapes"}
+    else:
+        assert_ran_as_graphs(report)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -26,13 +26,12 @@ METADATA: Final[frozenset[Any]] = frozenset(
     | _members(
         "size dim stride numel nelement storage_offset is_contiguous is_floating_point is_complex element_size"
         " __len__ __hash__ is_conj is_neg is_inference get_device is_signed ndimension has_names __dir__"
-        " is_same_size sparse_dim dense_dim"
+        " sparse_dim dense_dim"
     )
     | {
         torch.is_floating_point,
         torch.is_complex,
         torch.numel,
-        torch.is_same_size,
         torch.is_conj,
         torch.is_neg,
         torch.is_inference,
@@ -69,6 +68,17 @@ FROM_HOST_DATA: Final[frozenset[Any]] = frozenset(
     }
 )
 """Make a tensor from Python or NumPy data. Python keeps doing that; what they return is brought in as a feed."""
+
+VALUE_READS: Final[frozenset[Any]] = frozenset(
+    _members("__deepcopy__ __reduce_ex__ __reduce__ __array__ numpy tolist item __repr__ __format__ __str__")
+)
+"""Make Python objects from a tensor's contents: the tensors they return are new and none of the unit's."""
+
+MEMORY_READS: Final[frozenset[Any]] = frozenset(
+    _members("data_ptr untyped_storage storage _typed_storage __dlpack__ share_memory_ const_data_ptr")
+    | {torch.utils.dlpack.to_dlpack}
+)
+"""Show where a tensor's memory is, through which it can be read and written unseen."""
 
 HOOKS: Final[frozenset[Any]] = frozenset(
     _members("register_hook register_post_accumulate_grad_hook retain_grad")

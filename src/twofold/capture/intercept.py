@@ -14,6 +14,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -51,7 +52,10 @@ class Listener(Protocol):
         """Do, or record, `zero_grad` of an optimizer or module."""
 
     def host_work(self) -> None:
-        """Take note that library code is about to run unheard, random numbers included."""
+        """Take note that library code is about to run unheard, or that the random state is read or set."""
+
+    def foreign_call(self, code: str, what: str) -> None:
+        """Take note that code is about to run whose tensor work cannot be followed."""
 
 
 class _Current(threading.local):
@@ -156,8 +160,7 @@ def modes_taken_off() -> Iterator[None]:
 def paused() -> Iterator[None]:
     """Let library code (a data loader) run as if nobody listened."""
     listener = _current.listener
-    if listener is not None:
-        listener.host_work()
+    _tell(lambda told: told.host_work())
     _current.listener = None
     try:
         with modes_taken_off():
@@ -191,6 +194,64 @@ def observe_steps(observer: Callable[[Optimizer], None]) -> Callable[[], None]:
     install_patches()
     _step_observers.append(observer)
     return lambda: _step_observers.remove(observer)
+
+
+def _tell(action: Callable[[Listener], None]) -> None:
+    listener = _current.listener
+    if listener is not None:
+        with torch._C.DisableTorchFunction():
+            action(listener)
+
+
+def _tell_before(owner: Any, name: str, action: Callable[[Listener], None]) -> None:
+    """Have `owner.name` tell the listener before it does what it does."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def announced(*arguments: Any, **keywords: Any) -> Any:
+        if _current.listener is not None:
+            _tell(action)
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, announced)
+
+
+def _announce_custom_functions() -> None:
+    original: Any = torch.autograd.Function.__dict__["apply"].__func__
+
+    def apply(cls: Any, *arguments: Any, **keywords: Any) -> Any:
+        if _current.listener is not None and not cls.__module__.startswith("twofold."):
+            code = "tensor_hook" if cls.__name__ == "BackwardHookFunction" else "autograd_function"
+            _tell(lambda listener: listener.foreign_call(code, f"{cls.__name__}.apply runs Python in backward"))
+        return original(cls, *arguments, **keywords)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+
+
+def _announce_foreign_code() -> None:
+    scripted = "a scripted function runs beneath no call of a torch function"
+    hooks = "hooks on saved tensors run Python in backward"
+    thread = "a thread is started or given work within a unit"
+    parameter = "a parameter is made within a unit"
+    for owner, name, code, what in (
+        (torch._C.ScriptFunction, "__call__", "foreign_operation", scripted),
+        (torch._C.ScriptMethod, "__call__", "foreign_operation", scripted),
+        (torch.autograd.graph.saved_tensors_hooks, "__enter__", "tensor_hook", hooks),
+        (threading.Thread, "start", "thread", thread),
+        (ThreadPoolExecutor, "submit", "thread", thread),
+        (torch.nn.Parameter, "__new__", "unsupported_call", parameter),
+    ):
+        _tell_before(owner, name, lambda listener, code=code, what=what: listener.foreign_call(code, what))
+
+
+def _announce_random_state() -> None:
+    for owner, names in (
+        (torch, ("manual_seed", "seed", "set_rng_state", "get_rng_state")),
+        (torch.random, ("manual_seed", "seed", "set_rng_state", "get_rng_state")),
+        (torch.cuda, ("manual_seed", "manual_seed_all", "set_rng_state", "get_rng_state")),
+    ):
+        for name in names:
+            _tell_before(owner, name, lambda listener: listener.host_work())
 
 
 def _announce_zero_grad(owner_class: Any) -> None:
@@ -228,6 +289,9 @@ def install_patches() -> None:
     register_optimizer_step_post_hook(_after_step)
     _announce_zero_grad(Optimizer)
     _announce_zero_grad(torch.nn.Module)
+    _announce_custom_functions()
+    _announce_foreign_code()
+    _announce_random_state()
     _pause_in(dataloader.DataLoader, "__iter__")
     _pause_in(dataloader._BaseDataLoaderIter, "__next__")
 

@@ -14,11 +14,20 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from twofold.graph import Ambient, Origin, TensorSpec
 
-from .functions import FROM_HOST_DATA, HISTORY, HOOKS, METADATA, SETTERS, display_name
+from .functions import (
+    FROM_HOST_DATA,
+    HISTORY,
+    HOOKS,
+    MEMORY_READS,
+    METADATA,
+    SETTERS,
+    VALUE_READS,
+    display_name,
+)
 from .intercept import user_origin
 from .trace import (
     Event,
@@ -38,8 +47,13 @@ from .trace import (
 MAX_EVENTS = 20_000
 """A unit longer than this is not a training step: recording it costs more than it can give back."""
 
+MAX_STEPS = 4
+"""Optimizer steps in one unit, two for an adversarial pair: with more, its end would never be found."""
+
 _DYNAMIC_TAGS = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 _TENSOR = torch.Tensor
+PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+"""The types, exact, of tensors whose behaviour is PyTorch's own."""
 
 
 def current_ambient() -> Ambient:
@@ -94,7 +108,10 @@ class Recorder:
         self._freed: dict[Any, None] = {}
         self._entry_gradients: dict[int, torch.Tensor | None] = {}
         self._leaves: dict[int, torch.Tensor] = {}
-        self._random_state = torch.get_rng_state()
+        self._written: set[int] = set()
+        self._steps_passed = 0
+        self._borrowed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._random_state = torch.default_generator.get_state()
         self._cuda_random = _cuda_offset()
 
     # ---- what the listener hears -------------------------------------------------------------------------
@@ -103,13 +120,15 @@ class Recorder:
         """Run a torch function and record it."""
         if self.trace.refusal or self._announced:
             return self._run_announced(function, arguments, keywords)
-        if function in METADATA or function in FROM_HOST_DATA:
+        if function in METADATA or (
+            function in FROM_HOST_DATA and not self._touches_unit(leaves((arguments, keywords), _TENSOR))
+        ):
             return self._run_unrecorded(function, arguments, keywords)
         if function in HISTORY:
             if HISTORY[function] not in ("requires_grad", "is_leaf") and self._is_made_here(arguments[0]):
                 self._refuse("unsupported_call", f"reads .{HISTORY[function]} of an intermediate tensor")
             return function(*arguments, **keywords)
-        if self._refuses(function, arguments):
+        if self._refuses(function, arguments, keywords):
             return function(*arguments, **keywords)
         return self.record("call", function, arguments, keywords, user_origin())
 
@@ -123,6 +142,10 @@ class Recorder:
     ) -> Any:
         """Run `function` and append it as an event, unless it turns out to be Python's own business."""
         given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
+        if any(type(tensor) not in PLAIN_TENSORS for tensor in given):
+            self._refuse("unsupported_call", "a tensor subclass is used", origin)
+            return function(*arguments, **keywords)
+        known = len(self.trace.externals)
         if self._is_host_call(function, given, origin):
             return self._run_unrecorded(function, arguments, keywords)
         ambient = current_ambient()
@@ -135,9 +158,12 @@ class Recorder:
         made: list[torch.Tensor] = leaves(result, _TENSOR)
         if kind == "call" and self._is_fetch(function, given, made, result):
             if not given or not self._touches_unit(given):
+                self._forget_externals(known)
                 return result
             kind = "fetch"
+            templates = self._templates(tuple(given), {})
         if self._is_cpu_work(given, made, operations):
+            self._forget_externals(known)
             return result
         self._append(kind, function, templates, result, ambient, origin, operations)
         return result
@@ -147,22 +173,36 @@ class Recorder:
         result = target(*arguments, **keywords)
         if self.trace.refusal is not None:
             return result
+        made: list[torch.Tensor] = leaves(result, _TENSOR)
+        given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
+        if not all(tensor.layout is torch.strided for tensor in (*made, *given)):
+            self._refuse("unsupported_call", f"{target} works on sparse tensors")
+            return result
         if not self._announced:
-            if target is not torch.ops.aten.lift_fresh.default and any(self._is_known_memory(t) for t in leaves((arguments, keywords), _TENSOR)):
+            if target is not torch.ops.aten.lift_fresh.default and any(map(self._is_known_memory, given)):
                 self._refuse("foreign_operation", f"{target} ran beneath no call of a torch function")
             return result
         if target.namespace == "profiler":
             return result
+        if not made and not target._schema.is_mutable:
+            return result  # a question, answered to Python: a fetch if a call announced it
         if _has_dynamic_shape(target, arguments):
-            if target is not torch.ops.aten._local_scalar_dense.default:
-                self._refuse("data_dependent_shape", f"{target} yields a shape that depends on values")
+            self._refuse("data_dependent_shape", f"{target} yields a shape that depends on values")
             return result
-        self._operations.append(self._describe(target, arguments, keywords, result))
+        if _passes_undefined(target, arguments):
+            self._refuse("unsupported_call", f"{target} is given an undefined tensor")
+            return result
+        operation = self._describe(target, arguments, keywords, result)
+        self._operations.append(operation)
+        if target._schema.is_mutable:
+            self._written.update(tensor.untyped_storage()._cdata for tensor in given)
         return result
 
     def before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: Any) -> None:
         """Begin to record `step` as one event; it runs for real."""
         if self.trace.refusal is None:
+            if has_step_hooks(optimizer):
+                self._refuse("tensor_hook", "the optimizer has hooks on its step")
             if len(arguments) > 1 or keywords:
                 self._refuse("unsupported_call", "optimizer.step takes a closure, which runs the model itself")
             self._note_leaves(parameters_of(optimizer))
@@ -214,6 +254,16 @@ class Recorder:
             operations,
         )
 
+    def custom_function(self, name: str, origin: Origin | None = None) -> None:
+        """Take note of a custom autograd function: its backward is Python, and the graph has none."""
+        code = "tensor_hook" if name.startswith("BackwardHook") else "autograd_function"
+        self._refuse(code, f"{name} runs Python in backward", origin)
+
+    def random_state_changes(self) -> None:
+        """Take note that the program seeds or sets a random generator."""
+        if self.trace.events and self.trace.refusal is None:
+            self._refuse("unsupported_call", "the random state is read or set in the middle of a unit")
+
     def refuse(self, code: str, reason: str, origin: Origin | None) -> None:
         """Stop recording for a reason found elsewhere."""
         self._refuse(code, reason, origin)
@@ -240,7 +290,7 @@ class Recorder:
     def append_fetch(self, event: Event, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Add a fetch whose value Python already has."""
         if self.trace.refusal is None:
-            templates = self._templates(arguments, keywords)
+            templates = self._templates(tuple(leaves((arguments, keywords), _TENSOR)), {})
             self._append("fetch", event.function, templates, None, event.ambient, event.origin, ())
 
     def rename(self, tensor: torch.Tensor, placeholder: torch.Tensor) -> None:
@@ -252,8 +302,16 @@ class Recorder:
 
     # ---- the end -----------------------------------------------------------------------------------------
 
-    def has_live_history(self) -> bool:
-        """Whether a tensor that is alive carries autograd history that no backward has freed."""
+    def goes_on_after_step(self) -> bool:
+        """Whether the unit must go on because a live tensor carries autograd history that no backward has freed."""
+        if self.trace.refusal is not None or not self._has_live_history():
+            return False
+        self._steps_passed += 1
+        if self._steps_passed == MAX_STEPS:
+            self._refuse("history_escapes", f"autograd history is kept across {MAX_STEPS} optimizer steps")
+        return self._steps_passed < MAX_STEPS
+
+    def _has_live_history(self) -> bool:
         return any(
             _history(tensor, self._freed) == "live"
             for identity, reference in self._references.items()
@@ -263,6 +321,8 @@ class Recorder:
     def finish(self) -> Trace:
         """Close the trace: what escaped, which gradients are left, whether random numbers were drawn."""
         trace = self.trace
+        if not all(map(torch.equal, *zip(*self._borrowed, strict=True)) if self._borrowed else ()):
+            self._refuse("mutated_outside", "the NumPy array behind a tensor changed within the unit")
         for identity, reference in self._references.items():
             tensor = self._alive[identity]() if isinstance(reference, Slot) else None
             if tensor is not None and isinstance(reference, Slot):
@@ -272,7 +332,7 @@ class Recorder:
                 trace.gradients.append(
                     Gradient(leaf, self._number_if_known(self._entry_gradients[id(leaf)]), self._exit_gradient(leaf))
                 )
-        moved = not torch.equal(self._random_state, torch.get_rng_state())
+        moved = not torch.equal(self._random_state, torch.default_generator.get_state())
         trace.uses_random = moved or self._cuda_random != _cuda_offset()
         self._alive.clear()
         self._freed.clear()
@@ -300,8 +360,16 @@ class Recorder:
         if self.trace.refusal is None:
             self.trace.refusal = Refusal(code, reason, origin or user_origin())
 
-    def _refuses(self, function: Any, arguments: tuple[Any, ...]) -> bool:
-        if function in HOOKS:
+    def _refuses(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+        if keywords.get("out") is not None:
+            self._refuse("unsupported_call", f"{display_name(function)} writes to a tensor given as out=")
+        elif leaves((arguments, keywords), torch.Generator):
+            self._refuse("unsupported_call", f"{display_name(function)} draws from a generator of its own")
+        elif function in MEMORY_READS:
+            if not self._touches_unit([arguments[0]]):
+                return True
+            self._refuse("unsupported_call", f"{display_name(function)} exposes the memory of a tensor of the unit")
+        elif function in HOOKS:
             self._refuse("tensor_hook", f"{display_name(function)} on a tensor of the unit")
         elif function in SETTERS and (
             self._is_made_here(arguments[0]) or self._is_known_memory(arguments[0])
@@ -327,7 +395,9 @@ class Recorder:
         return any(self._is_known_memory(tensor) or tensor.requires_grad for tensor in tensors)
 
     def _is_host_call(self, function: Any, given: list[torch.Tensor], origin: Origin | None) -> bool:
-        return (function, origin) in self._host_sites and not any(map(self._is_made_here, given))
+        return (function, origin) in self._host_sites and not any(
+            self._is_made_here(tensor) or tensor.untyped_storage()._cdata in self._written for tensor in given
+        )
 
     def _is_cpu_work(
         self, given: list[torch.Tensor], made: list[torch.Tensor], operations: tuple[Operation, ...]
@@ -343,6 +413,8 @@ class Recorder:
         self, function: Any, given: list[torch.Tensor], made: list[torch.Tensor], result: Any
     ) -> bool:
         if made:
+            if function in FROM_HOST_DATA or function in VALUE_READS:
+                return True
             crossed = any(t.device.type != "cpu" for t in given) and all(t.device.type == "cpu" for t in made)
             return crossed and self._leave_cpu_to_python
         return result is not None or function is _TENSOR.__repr__
@@ -354,6 +426,8 @@ class Recorder:
                 self._entry_gradients[id(tensor)] = tensor.grad
                 if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
                     self._refuse("tensor_hook", "a parameter has a gradient hook")
+            elif isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad:
+                self.trace.frozen[id(tensor)] = tensor
 
     def _note_backward(self, arguments: tuple[Any, ...], keywords: dict[str, Any], origin: Origin | None) -> None:
         keeps = bool(keywords.get("retain_graph") or keywords.get("create_graph"))
@@ -366,7 +440,7 @@ class Recorder:
                 continue
             seen[function] = None
             if isinstance(function, torch.autograd.function.BackwardCFunction):
-                self._refuse("autograd_function", f"{type(function).__name__} runs Python in backward", origin)
+                self.custom_function(type(function).__name__, origin)
             variable = getattr(function, "variable", None)
             if variable is not None:
                 self._note_leaves((variable,))
@@ -392,7 +466,12 @@ class Recorder:
         return number, True
 
     def _number_if_known(self, tensor: torch.Tensor | None) -> int | None:
-        return None if tensor is None else self._numbers.get(memory_key(tensor), -1)
+        if tensor is None:
+            return None
+        if tensor.layout is not torch.strided:
+            self._refuse("unsupported_call", "a sparse tensor or gradient")
+            return -1
+        return self._numbers.get(memory_key(tensor), -1)
 
     def _exit_gradient(self, leaf: torch.Tensor) -> int | None:
         gradient = leaf.grad
@@ -432,10 +511,18 @@ class Recorder:
             self._refuse("unsupported_call", f"a {tensor.layout} tensor")
             number = -1
         self.trace.externals.append(tensor)
+        if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():
+            self._borrowed.append((tensor, tensor.detach().clone()))
         self.trace.external_numbers.append(number)
         self.trace.hidden.pop(number, None)
         self._remember(tensor, reference)
         return reference
+
+    def _forget_externals(self, count: int) -> None:
+        """Take back the externals past the first `count`: what used them was no event of the unit."""
+        for tensor in self.trace.externals[count:]:
+            del self._references[id(tensor)], self._alive[id(tensor)]
+        del self.trace.externals[count:], self.trace.external_numbers[count:]
 
     def _remember(self, tensor: torch.Tensor, reference: Slot | External) -> None:
         self._references[id(tensor)] = reference
@@ -487,14 +574,36 @@ def parameters_of(owner: Any) -> list[torch.Tensor]:
     return list(owner.parameters())
 
 
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether the program runs code of its own before or after a step; one global pair of hooks is ours."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or len(_global_optimizer_pre_hooks) > 1
+        or len(_global_optimizer_post_hooks) > 1
+    )
+
+
 def _state_size(optimizer: Optimizer) -> int:
     return sum(value is not None for state in optimizer.state.values() for value in state.values())
 
 
 def _history(tensor: torch.Tensor, freed: dict[Any, None]) -> str:
-    if tensor.grad_fn is None:
+    try:
+        function = tensor.grad_fn
+    except RuntimeError:  # a view whose base was changed in a way that autograd refuses
+        return "live"
+    if function is None:
         return "none"
-    return "freed" if tensor.grad_fn in freed else "live"
+    return "freed" if function in freed else "live"
+
+
+def _passes_undefined(target: Any, arguments: tuple[Any, ...]) -> bool:
+    """Whether an operation was given an undefined tensor, which C++ can pass and Python cannot."""
+    return any(
+        given is None and str(argument.type) == "Tensor"
+        for given, argument in zip(arguments, target._schema.arguments, strict=False)
+    )
 
 
 def _has_dynamic_shape(target: Any, arguments: tuple[Any, ...]) -> bool:

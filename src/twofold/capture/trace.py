@@ -142,6 +142,8 @@ class Trace:
     """The spec of each value number."""
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     """Values that came in beneath the calls: optimizer state, constants made by PyTorch itself."""
+    frozen: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Parameters that require no gradient, by `id`."""
     gradients: list[Gradient] = field(default_factory=list)
     escapes: dict[int, str] = field(default_factory=dict)
     """Slots that outlived the unit, with the state of their autograd history: none, freed or live."""

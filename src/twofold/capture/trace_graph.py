@@ -20,8 +20,8 @@ import torch
 
 from twofold.graph import Origin, TensorSpec
 
-from .recorder import memory_key
-from .trace import Event, External, Slot, Trace, leaves, map_leaves
+from .recorder import PLAIN_TENSORS
+from .trace import Event, External, Made, Slot, Trace, leaves
 
 Bound = dict[int, torch.Tensor]
 Match = Callable[[tuple[Any, ...], dict[str, Any], list[torch.Tensor], Bound], bool]
@@ -29,22 +29,8 @@ Match = Callable[[tuple[Any, ...], dict[str, Any], list[torch.Tensor], Bound], b
 MAX_SITE_VARIANTS = 3
 """So many different constants at one line, in one place of the graph, and Python keeps making that call."""
 
-_PLACEHOLDER = "_twofold_made"
-
-
-def mark_placeholder(tensor: torch.Tensor, made: Any) -> None:
-    """Mark a tensor as standing for a result that Python does not have yet."""
-    setattr(tensor, _PLACEHOLDER, made)
-
-
-def unmark_placeholder(tensor: torch.Tensor) -> None:
-    """Make a tensor an ordinary one again."""
-    delattr(tensor, _PLACEHOLDER)
-
-
-def is_placeholder(tensor: torch.Tensor) -> bool:
-    """Whether a tensor stands for a result that Python does not have yet."""
-    return hasattr(tensor, _PLACEHOLDER)
+Placeholders = dict[int, tuple[torch.Tensor, Made]]
+"""Tensors that stand for results Python does not have yet, by `id`, each with what it stands for."""
 
 
 @dataclass(slots=True)
@@ -57,13 +43,14 @@ class Role:
     is_parameter: bool
     written: dict[int, None]
     """Storages that units write to, shared by all roles of a TraceGraph: a feed must not alias one."""
+    placeholders: Placeholders
 
     def accepts(self, tensor: Any) -> bool:
         """Whether a tensor may be fed here."""
         spec = self.spec
         return (
-            isinstance(tensor, torch.Tensor)
-            and not is_placeholder(tensor)
+            type(tensor) in PLAIN_TENSORS
+            and id(tensor) not in self.placeholders
             and tensor.dtype == spec.dtype
             and tensor.shape == spec.shape
             and tensor.device == spec.device
@@ -85,6 +72,8 @@ class Path:
     """Whether a graph must be built, or built again, before the path can run as one."""
     program: Any = None
     executable: Any = None
+    failures: int = 0
+    """How often a graph of the path raised."""
     blocked: str | None = None
     """Why the path stays eager for good, if it does."""
     units: int = 0
@@ -92,8 +81,8 @@ class Path:
     volatile: set[Any] = field(default_factory=set[Any])
     """Optimizers seen with other hyper-parameters than those recorded."""
     _makers: list[PathNode] = field(default_factory=list["PathNode"])
-    kept: set[int] = field(default_factory=set[int])
-    """Slots seen alive at the end of the unit: grows, never shrinks."""
+    histories: dict[int, str] = field(default_factory=dict[int, str])
+    """Slots seen alive at the end of a unit, with the state of their autograd history then. Never shrinks."""
 
     @property
     def call_count(self) -> int:
@@ -120,12 +109,14 @@ class PathNode:
         "fed",
         "grad",
         "has_autocast",
+        "idle_until",
         "kind",
         "latest",
         "makes_one",
         "match",
         "parent",
         "placeholders",
+        "refusals",
         "roles",
     )
 
@@ -138,6 +129,10 @@ class PathNode:
         self.children: list[PathNode] = []
         self.end: Path | None = None
         self.latest: Path | None = None
+        self.refusals = 0
+        """Of a root: units in a row that began here and could not be recorded."""
+        self.idle_until = 0
+        """Of a root: the iteration from which units are looked at again."""
         self.placeholders: list[torch.Tensor | None] = []
         if event is not None:
             self.function = event.function
@@ -180,15 +175,21 @@ class TraceGraph:
     def __init__(self) -> None:
         self.roots: dict[Signature, PathNode] = {}
         self.paths: list[Path] = []
+        self.placeholders: Placeholders = {}
         self._leaves: dict[int, torch.Tensor] = {}
         self.host_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
         self.has_accelerator = False
         self._written_storages: dict[int, None] = {}
 
+    def writes_to(self, tensor: torch.Tensor) -> bool:
+        """Whether some unit writes to the memory of a tensor."""
+        return tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._written_storages
+
     def clear(self) -> None:
         """Forget all paths; what was learned about sites and devices stays."""
         self.roots.clear()
         self.paths.clear()
+        self.placeholders.clear()
         self._written_storages.clear()
 
     def signature(self) -> Signature:
@@ -210,11 +211,17 @@ class TraceGraph:
     def _complete(self, signature: Signature, trace: Trace) -> Signature:
         """Extend a signature by the leaves that its own unit was the first to show."""
         added = [g for g in trace.gradients if id(g.leaf) not in self._leaves]
-        if not added:
+        frozen = [leaf for leaf in trace.frozen.values() if id(leaf) not in self._leaves]
+        if not added and not frozen:
             return signature
         self.clear()
         self._leaves.update((id(g.leaf), g.leaf) for g in added)
-        return (*signature, *[(g.entry is None, g.leaf.requires_grad, True, True) for g in added])
+        self._leaves.update((id(leaf), leaf) for leaf in frozen)
+        return (
+            *signature,
+            *[(g.entry is None, True, True, True) for g in added],
+            *[(leaf.grad is None, False, True, True) for leaf in frozen],
+        )
 
     def merge(self, trace: Trace, signature: Signature) -> Path | None:
         """Add a trace of a unit that began so; return its path.
@@ -244,7 +251,7 @@ class TraceGraph:
         else:
             node.end.seen += 1
             node.end.trace = trace
-        node.end.kept |= trace.escapes.keys()
+        node.end.histories.update(trace.escapes)
         self._written_storages.update((storage, None) for storage in trace.written_storages())
         for passed in (root, *nodes):
             passed.latest = node.end
@@ -261,7 +268,16 @@ class TraceGraph:
     def _role(self, trace: Trace, index: int) -> Role:
         tensor = trace.externals[index]
         is_parameter = isinstance(tensor, torch.nn.Parameter)
-        return Role(tensor, TensorSpec.of(tensor), tensor.is_leaf, is_parameter, self._written_storages)
+        # Memory that PyTorch did not allocate may change unseen, so what it holds is copied when it is used.
+        is_borrowed = tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
+        return Role(
+            None if is_borrowed and not is_parameter else tensor,
+            TensorSpec.of(tensor),
+            tensor.is_leaf,
+            is_parameter,
+            self._written_storages,
+            self.placeholders,
+        )
 
     def _is_same(self, node: PathNode, event: Event, trace: Trace) -> bool:
         known = node.event
@@ -304,6 +320,8 @@ class TraceGraph:
 
     def _learn_site(self, parent: PathNode, event: Event, trace: Trace) -> bool:
         """Whether `event` differs from its siblings in constants alone, too often: then it becomes a host site."""
+        if (event.function, event.origin) in self.host_sites:
+            return False
         if leaves((event.arguments, event.keywords), Slot) or any(op.target._schema.is_mutable for op in event.operations):
             return False
         if not event.made or any(t.requires_grad for t in _externals_of(event, trace)):
@@ -354,7 +372,7 @@ def equal_templates(left: Any, right: Any) -> bool:
     if isinstance(left, slice):
         return equal_templates((left.start, left.stop, left.step), (right.start, right.stop, right.step))
     if isinstance(left, float):
-        return left == right and str(left) == str(right)
+        return str(left) == str(right)  # tells 0.0 from -0.0, and nan is nan
     if left is right:
         return True
     return _is_plain(left) and bool(left == right)
@@ -432,7 +450,7 @@ def _bind(bound: Bound, index: int, tensor: Any, role: Role) -> bool:
 def _compile_match(condition: str, names: int) -> Callable[..., Match]:
     parameters = ", ".join(f"c{index}" for index in range(names))
     source = f"def make({parameters}):\n def match(A, K, S, X):\n  return {condition}\n return match\n"
-    scope: dict[str, Any] = {"E": equal_templates, "B": _bind}
+    scope: dict[str, Any] = {"E": equal_templates, "B": _bind, "L": leaves, "V": torch.Tensor}
     exec(source, scope)  # noqa: S102 - one specialised check costs 0.3 µs where a generic walk costs 3 µs
     return scope["make"]
 
@@ -441,11 +459,17 @@ def build_match(event: Event, role_of: Callable[[int], tuple[Role, bool]]) -> Ma
     """Compile the check of a call's arguments against an event.
 
     It takes positional and keyword arguments, the placeholders of the unit by slot, and the feeds bound so far, to
-    which it adds those first used here. Events of equal structure share code.
+    which it adds those first used here. A fetch is run for real, so only its tensors are checked. Events of equal
+    structure share code.
     """
     emitter = _Emitter(role_of)
     if event.kind == "optimizer":
         return lambda _arguments, _keywords, _slots, _bound: True
+    if event.kind == "fetch":
+        for index, reference in enumerate(event.arguments):
+            emitter.emit(reference, f"T[{index}]")
+        condition = " and ".join((f"len(T := L((A, K), V)) == {len(event.arguments)}", *emitter.terms))
+        return _compile_match(condition, len(emitter.constants))(*emitter.constants)
     emitter.terms.append(f"len(A) == {len(event.arguments)} and len(K) == {len(event.keywords)}")
     for index, item in enumerate(event.arguments):
         emitter.emit(item, f"A[{index}]")
@@ -454,16 +478,3 @@ def build_match(event: Event, role_of: Callable[[int], tuple[Role, bool]]) -> Ma
         emitter.emit(item, f"K[{key!r}]")
     condition = " and ".join(emitter.terms)
     return _compile_match(condition, len(emitter.constants))(*emitter.constants)
-
-
-__all__ = [
-    "Path",
-    "PathNode",
-    "Role",
-    "TraceGraph",
-    "is_placeholder",
-    "mark_placeholder",
-    "map_leaves",
-    "memory_key",
-    "unmark_placeholder",
-]

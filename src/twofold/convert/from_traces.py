@@ -8,7 +8,7 @@ memory and geometry are those of its operand is no node at all.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +61,8 @@ class OptimizerPlan:
     hyper_parameters: list[dict[str, Any]]
     parameters: tuple[tuple[torch.Tensor, ...], ...]
     state: Any
+    tensors: tuple[tuple[dict[str, Any], str, torch.Tensor], ...]
+    """The tensors of its state, each with the dictionary and key that hold it."""
     stand_in: Any
     """An optimizer of the same class without parameters, for `step` to do nothing with."""
 
@@ -69,6 +71,7 @@ class OptimizerPlan:
         groups = self.optimizer.param_groups
         return (
             self.optimizer.state is self.state
+            and all([holder.get(key) is tensor for holder, key, tensor in self.tensors])
             and len(groups) == len(self.parameters)
             and all(
                 len(group["params"]) == len(known) and all(map(_same, group["params"], known))
@@ -76,6 +79,13 @@ class OptimizerPlan:
             )
             and (self.outside or hyper_parameters(self.optimizer, self.free) == self.hyper_parameters)
         )
+
+
+def _state_tensors(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                yield state, key, value
 
 
 def _stand_in(optimizer: Optimizer) -> Any:
@@ -107,7 +117,6 @@ class Program:
     An optimizer that steps outside is a fetch of its gradients, in order of the parameters that have one."""
     escapes: dict[int, Value]
     """Slots that may outlive the unit."""
-    histories: dict[int, str]
     views: dict[Value, Node]
     uses_random: bool
     call_count: int
@@ -153,8 +162,9 @@ class _Builder:
         for index, event in enumerate(trace.events):
             self._add_event(index, event)
         gradients = self._plan_gradients()
-        escapes = {slot: self._value(trace.slot_numbers[slot]) for slot in sorted(self.path.kept)}
-        histories = {slot: trace.escapes.get(slot, "none") for slot in escapes}
+        escapes = {slot: self._value(trace.slot_numbers[slot]) for slot in sorted(self.path.histories)}
+        if "live" in self.path.histories.values():
+            raise UnsupportedPath("history_escapes", "a tensor leaves the unit with autograd history that is not freed")
         finals = [plan.exit for plan in gradients if plan.exit is not None] + list(escapes.values())
         graph = self._finish_graph(finals)
         views = view_nodes(graph.nodes)
@@ -168,7 +178,6 @@ class _Builder:
             optimizers=self.optimizers,
             fetches=self.fetches,
             escapes=escapes,
-            histories=histories,
             views=views,
             uses_random=trace.uses_random,
             call_count=len(trace.events),
@@ -290,6 +299,7 @@ class _Builder:
             [] if outside else hyper_parameters(optimizer, free),
             tuple(tuple(group["params"]) for group in optimizer.param_groups),
             optimizer.state,
+            () if outside else tuple(_state_tensors(optimizer)),
             _stand_in(optimizer),
         )
 

@@ -44,6 +44,8 @@ def hyper_parameters(optimizer: Optimizer, free: tuple[str, ...]) -> list[dict[s
 def replays_exactly(optimizer: Optimizer) -> bool:
     """Whether the operations of one `step` are those of the next, numbers included."""
     kind = type(optimizer)
+    if any(isinstance(value, torch.Tensor) for group in optimizer.param_groups for value in group.values()):
+        return False  # a learning rate in a tensor may be read by Python
     if kind is torch.optim.SGD:
         return True
     return kind in (torch.optim.Adam, torch.optim.AdamW) and all(

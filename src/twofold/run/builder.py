@@ -24,6 +24,7 @@ from twofold.backends.replay import ReplayExecutable
 from twofold.capture.intercept import modes_taken_off
 from twofold.capture.trace_graph import Path
 from twofold.convert.from_traces import Program, UnsupportedPath, build_program
+from twofold.graph import MalformedGraphError
 from twofold.options import Options, has_cpp_compiler
 
 from .account import Account
@@ -86,6 +87,9 @@ class Builder:
             if refusal.code != "new_path":
                 origin = None if refusal.origin is None else str(refusal.origin)
                 self._block(path, refusal.code, refusal.reason, origin)
+            return
+        except MalformedGraphError as error:
+            self._block(path, "unsupported_call", str(error).splitlines()[0][:300])
             return
         finally:
             self.account.stall_seconds += time.perf_counter() - began

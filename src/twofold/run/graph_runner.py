@@ -67,11 +67,11 @@ class RandomState:
     def take(cls) -> RandomState:
         """Read the states of now."""
         used = torch.cuda.is_available() and torch.cuda.is_initialized()
-        return cls(torch.get_rng_state(), _generator().get_offset() if used else None)
+        return cls(torch.default_generator.get_state(), _generator().get_offset() if used else None)
 
     def restore(self) -> None:
         """Go back to these states."""
-        torch.set_rng_state(self.cpu)
+        torch.default_generator.set_state(self.cpu)
         if self.cuda_offset is not None:
             _generator().set_offset(self.cuda_offset)
 
@@ -83,12 +83,16 @@ def _generator() -> torch.Generator:
 class GraphRunner:
     """One unit of one path. Mutable; not used after `commit_gradients` or `discard`."""
 
-    def __init__(self, installed: Installed, feeds: dict[int, torch.Tensor]) -> None:
+    def __init__(
+        self, installed: Installed, feeds: dict[int, torch.Tensor], given: dict[int, torch.Tensor]
+    ) -> None:
+        """Start with nothing launched. `feeds` grows while Python walks; `given` are the program's own objects."""
         self.installed = installed
         self.program = installed.program
         self.environment: Environment = dict(installed.statics)
         self.launched = 0
         self._feeds = feeds
+        self._given = given
         self._saved: dict[Value, torch.Tensor] = {}
         self._random: RandomState | None = None
         self._undo: list[Callable[[], None]] = []
@@ -128,11 +132,24 @@ class GraphRunner:
 
     def owned_value(self, value: Value) -> torch.Tensor:
         """Return a computed value that stays as it is: a copy where the executable uses its memory again."""
-        tensor = self.value(value)
         root = root_of(value, self.program.views)
-        if root in self.program.statics or root in self.program.feeds or not self.installed.executable.reuses_outputs:
+        index = self.program.feeds.get(root)
+        if index is not None:  # what the program gets is a view of its own tensor, not of our copy
+            return self._view_of(value, root, self._given[index].detach())
+        tensor = self.value(value)
+        if root in self.program.statics or not self.installed.executable.reuses_outputs:
             return tensor.detach()
         return tensor.clone()
+
+    def _view_of(self, value: Value, root: Value, tensor: torch.Tensor) -> torch.Tensor:
+        environment: Environment = {root: tensor}
+        chain: list[Node] = []
+        while value != root and value not in environment:
+            chain.append(self.program.views[value])
+            value = chain[-1].operands[0]
+        for node in reversed(chain):
+            run_node(node, environment)
+        return environment[chain[0].results[0]] if chain else tensor
 
     def commit_gradients(self) -> None:
         """Set `.grad` of all leaves to what eager execution leaves there."""

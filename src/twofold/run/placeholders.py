@@ -14,33 +14,43 @@ from typing import Any
 import torch
 
 from twofold.capture.trace import Made
-from twofold.capture.trace_graph import mark_placeholder, unmark_placeholder
+from twofold.capture.trace_graph import Placeholders
+from twofold.graph import TensorSpec
+
+_UNREAD = "Twofold: this tensor was read where its value cannot be supplied, by code that PyTorch does not announce"
+
+# Only CUDA builds of PyTorch have it: code that reads memory unasked gets an error and not a null pointer.
+_forbid_reads = getattr(torch._C, "_set_storage_data_ptr_access_error_msg", None)
 
 
-def make_placeholder(made: Made) -> torch.Tensor:
-    """Return a new placeholder for a result described by `made`."""
+def make_placeholder(made: Made, known: Placeholders) -> torch.Tensor:
+    """Return a new placeholder for a result described by `made`, entered into `known`."""
     spec = made.spec
     shape = [size for size in spec.shape if size is not None]
     if spec.stride is None:
         tensor = torch.empty(shape, dtype=spec.dtype, device=spec.device)
     else:
         tensor = torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=spec.device)
-    tensor.untyped_storage().resize_(0)
-    mark_placeholder(tensor, made)
+    storage = tensor.untyped_storage()
+    storage.resize_(0)
+    if _forbid_reads is not None:
+        _forbid_reads(storage._cdata, _UNREAD)
+    known[id(tensor)] = tensor, made
     return tensor
 
 
-def fill_placeholder(placeholder: torch.Tensor, value: torch.Tensor) -> None:
-    """Turn a placeholder object into `value`, whose own object is used up."""
-    unmark_placeholder(placeholder)
+def fill_placeholder(placeholder: torch.Tensor, value: torch.Tensor, known: Placeholders) -> Made:
+    """Turn a placeholder object into `value`, whose own object is used up; return what it stood for."""
+    _, made = known.pop(id(placeholder))
     torch._C._swap_tensor_impl(placeholder, value)  # type: ignore[attr-defined]
+    return made
 
 
-def recycle(used_up: torch.Tensor, made: Made) -> torch.Tensor | None:
+def recycle(used_up: torch.Tensor, made: Made, known: Placeholders) -> torch.Tensor | None:
     """Return the object that `fill_placeholder` used up as a new placeholder; None if it cannot serve as one."""
-    if used_up.requires_grad or not used_up.untyped_storage().size() == 0:
+    if used_up.requires_grad or used_up.untyped_storage().nbytes() != 0:
         return None
-    mark_placeholder(used_up, made)
+    known[id(used_up)] = used_up, made
     return used_up
 
 
@@ -87,15 +97,20 @@ def _reference_counts(tensors: list[torch.Tensor]) -> list[int]:
 
 def _calibrate() -> int:
     held = torch.empty(0)
+    known: Placeholders = {0: (held, Made(TensorSpec.of(held), True, None))}
     listed = [held]
-    return _reference_counts(listed)[0]
+    return _reference_counts(listed)[0] + 0 * len(known)
 
 
 UNKNOWN_TO_PYTHON = _calibrate()
-"""References to a placeholder while only the skeleton knows it: one from its node, one from the unit's list."""
+"""References to a placeholder while only the skeleton knows it: from its node, the table and the unit's list."""
 
 
 def escaped(placeholders: list[torch.Tensor]) -> list[int]:
-    """Return the indices of the placeholders that Python still holds."""
+    """Return the indices of the placeholders that Python still holds, or has put attributes on."""
     counts = _reference_counts(placeholders)
-    return [index for index, count in enumerate(counts) if count > UNKNOWN_TO_PYTHON]
+    return [
+        index
+        for index, count in enumerate(counts)
+        if count > UNKNOWN_TO_PYTHON or placeholders[index].__dict__
+    ]

@@ -19,10 +19,12 @@ from torch.optim.optimizer import Optimizer
 
 from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, display_name
 from twofold.capture.intercept import unheard, user_origin
-from twofold.capture.recorder import Recorder, current_ambient
-from twofold.capture.trace import External, Made, Slot, Trace, leaves, map_leaves
-from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph, is_placeholder
+from twofold.capture.recorder import Recorder, current_ambient, has_step_hooks
+from twofold.capture.trace import External, Slot, Trace, leaves, map_leaves
+from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
 from twofold.graph import ambient_context
+
+from twofold.errors import InternalError
 
 from .account import Account
 from .graph_runner import GraphRunner, Installed, feed_copy
@@ -47,6 +49,7 @@ class PythonRunner:
         self.graph = graph
         self.account = account
         self._on_end = on_end
+        self._placeholders = graph.placeholders
         self._node: PathNode | None = None
         self._recorder: Recorder | None = None
         self._signature: Signature = ()
@@ -147,12 +150,12 @@ class PythonRunner:
         if node.makes_one:
             placeholder = node.placeholders[0]
             if placeholder is None:
-                placeholder = node.placeholders[0] = make_placeholder(event.made[0])
+                placeholder = node.placeholders[0] = make_placeholder(event.made[0], self._placeholders)
             slots.append(placeholder)
             return placeholder
         for index, placeholder in enumerate(node.placeholders):
             if placeholder is None:
-                placeholder = node.placeholders[index] = make_placeholder(event.made[index])
+                placeholder = node.placeholders[index] = make_placeholder(event.made[index], self._placeholders)
             slots.append(placeholder)
         outcome = event.outcome
         if type(outcome) is Slot:
@@ -178,44 +181,63 @@ class PythonRunner:
         return tensor
 
     def _unexpected(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        if function in METADATA or function in FROM_HOST_DATA:
+        if function in METADATA:
             return function(*arguments, **keywords)
         given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
         if function in HISTORY and given:
-            made = getattr(given[0], "_twofold_made", None)
+            known = self._placeholders.get(id(given[0]))
             name = HISTORY[function]
-            if made is None:
+            if known is None:
                 return function(*arguments, **keywords)
             if name in ("requires_grad", "is_leaf"):
-                return getattr(made, name)
-        if not any(map(is_placeholder, given)) and self._is_pythons_own(function, given):
+                return getattr(known[1], name)
+        if not self._has_placeholder(given) and self._is_pythons_own(function, given):
             return function(*arguments, **keywords)
         self.leave("new_path", f"unexpected call of {display_name(function)}")
         return self.call(function, arguments, keywords)
 
     def _is_pythons_own(self, function: Any, given: list[torch.Tensor]) -> bool:
         """Whether a call on real tensors can be left to Python without the unit noticing."""
+        if any(self.graph.writes_to(tensor) for tensor in given):
+            return False
+        if function in FROM_HOST_DATA:
+            return True
         if self.graph.host_sites and (function, user_origin()) in self.graph.host_sites:
             return True
         return self.graph.has_accelerator and bool(given) and all(tensor.device.type == "cpu" for tensor in given)
 
+    def _has_placeholder(self, tensors: list[torch.Tensor]) -> bool:
+        known = self._placeholders
+        return any(id(tensor) in known for tensor in tensors)
+
     def operation(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """Answer an ATen operation that reached the dispatcher; see `Listener`."""
+        """Answer an ATen operation that reached the dispatcher; see `Listener`.
+
+        On a placeholder it comes from code that no patch point announces. It is too late then to give that
+        operation a history, so it fails rather than go wrong.
+        """
         if self._recorder is not None:
             return self._recorder.operation(target, arguments, keywords)
         if self._node is not None and self._stepping is None:
-            if any(map(is_placeholder, leaves((arguments, keywords), _TENSOR))):
-                self.leave("foreign_operation", f"{target} ran beneath no call of a torch function")
-                assert self._recorder is not None
-                return self._recorder.operation(target, arguments, keywords)
+            if self._has_placeholder(leaves((arguments, keywords), _TENSOR)):
+                raise InternalError(f"{target} reached PyTorch's dispatcher unannounced, on a tensor of a graph.")
         return target(*arguments, **keywords)
+
+    def foreign_call(self, code: str, what: str) -> None:
+        """Code is about to run that cannot be followed; see `Listener`."""
+        if self._node is not None:
+            self.leave(code, what)
+        if self._recorder is not None:
+            self._recorder.refuse(code, what, user_origin())
 
     def host_work(self) -> None:
         """Library code runs unheard: random numbers must be drawn in eager's order; see `Listener`."""
         if self._node is not None and self._node.parent is not None:
             path = self._node.latest
             if path is None or path.trace.uses_random:
-                self.leave("new_path", "a data loader ran in the middle of a unit that draws random numbers")
+                self.leave("new_path", "the random state was read, set or drawn from in the middle of a unit")
+        if self._recorder is not None:
+            self._recorder.random_state_changes()
 
     def zero_grad(self, owner: Any, original: Callable[..., None], arguments: tuple[Any, ...], keywords: Any) -> None:
         """Answer `zero_grad`; see `Listener`."""
@@ -252,7 +274,7 @@ class PythonRunner:
         if path is None or path.executable is None:
             return False
         plan = path.program.optimizers.get(node.depth)
-        holds = plan is not None and plan.still_holds()
+        holds = plan is not None and plan.still_holds() and not has_step_hooks(plan.optimizer)
         if not holds:
             path.stale = True
             path.volatile.add(node.event.arguments[0])  # type: ignore[union-attr]
@@ -263,7 +285,7 @@ class PythonRunner:
         assert path is not None
         plan = path.program.optimizers[node.depth]
         if plan.outside:
-            is_last = node.end is path and path.kept.issuperset(escaped(self._slots))
+            is_last = node.end is path and path.histories.keys() >= set(escaped(self._slots))
             if not self._ensure_run(path):
                 self.leave("new_path", "an optimizer steps on a path with no graph yet")
                 return self.before_step(optimizer, (optimizer,), {})
@@ -284,7 +306,7 @@ class PythonRunner:
             return
         if self._recorder is not None:
             self._recorder.after_step(optimizer)
-            if not self._recorder.has_live_history():
+            if not self._recorder.goes_on_after_step():
                 self.end()
 
     # ---- values ------------------------------------------------------------------------------------------
@@ -297,24 +319,25 @@ class PythonRunner:
             self.leave("new_path", "a value is needed on a path with no graph yet")
             return self.call(function, arguments, keywords)
         assert self._run is not None
+        if not self._launch(self._run, path, path.program.position(node.depth)):
+            return self.call(function, arguments, keywords)
         with unheard(), torch.no_grad():
-            self._run.launch_through(path.program.position(node.depth))
             values = iter([self._run.value(v) for v in path.program.fetches[node.depth]])
         shows_history = function in (_TENSOR.__repr__, _TENSOR.__format__)
 
         def real(tensor: torch.Tensor) -> torch.Tensor:
             value = next(values)
-            made = getattr(tensor, "_twofold_made", None)
-            if made is None:
+            known = self._placeholders.get(id(tensor))
+            if known is None:
                 return tensor
-            if shows_history and made.grad_function:
-                return with_freed_history(value, made.grad_function)
-            return value
+            if shows_history and known[1].grad_function:
+                return with_freed_history(value, known[1].grad_function)
+            return value.requires_grad_() if known[1].requires_grad and known[1].is_leaf else value
 
         arguments, keywords = map_leaves((arguments, keywords), _TENSOR, real)
         with unheard():
             result = function(*arguments, **keywords)
-        return result.clone() if isinstance(result, torch.Tensor) else result
+        return result
 
     def _ensure_run(self, path: Path) -> bool:
         """Have the segments that Python has walked launched on `path`; False if it has no graph that fits."""
@@ -329,7 +352,7 @@ class PythonRunner:
         if installed is None or path.stale or not installed.is_current():
             path.stale = True
             return False
-        self._run = GraphRunner(installed, self._copied)
+        self._run = GraphRunner(installed, self._copied, self._feeds)
         self._run_path = path
         return True
 
@@ -345,38 +368,59 @@ class PythonRunner:
             self.leave("new_path", "the unit ended on a path with no graph yet")
             return False
         alive = escaped(self._slots)
-        if not path.kept.issuperset(alive):
-            path.kept.update(alive)
+        if not path.histories.keys() >= set(alive):
             path.stale = True
             self.leave("new_path", "a tensor of the unit is kept that was not kept before")
             return False
         run = self._run
         assert run is not None
+        if not self._launch(run, path, len(path.program.segments)):
+            return False
         with unheard():
             with torch.no_grad():
-                run.launch_through(len(path.program.segments))
                 run.commit_gradients()
             self._hand_out(path, run, alive)
+            self._check_borrowed(path)
         self._node = None
         self._reset()
         self._on_end(path, None, self._signature)
         return True
 
+    def _launch(self, run: GraphRunner, path: Path, count: int) -> bool:
+        """Launch segments. If one fails, the unit becomes an eager one, which raises what eager execution would."""
+        try:
+            with unheard(), torch.no_grad():
+                run.launch_through(count)
+        except Exception as error:  # noqa: BLE001 - whatever it is, eager execution decides what the program sees
+            path.failures += 1
+            path.stale = path.stale or path.failures > 1
+            self.leave("capture_failed", f"{type(error).__name__} while a graph ran: {str(error)[:200]}")
+            return False
+        return True
+
+    def _check_borrowed(self, path: Path) -> None:
+        for index, tensor in self._feeds.items():
+            copied = self._copied[index]
+            if copied is not tensor and not tensor.untyped_storage().resizable() and not torch.equal(tensor, copied):
+                path.blocked = "mutated_outside"
+                self.account.fallback("mutated_outside", "the NumPy array behind a tensor changed within a unit")
+
     def _hand_out(self, path: Path, run: GraphRunner, alive: list[int]) -> None:
         """Give the placeholders that Python holds their values; the objects used up become placeholders in turn."""
         for index in alive:
             placeholder = self._slots[index]
+            made = self._placeholders[id(placeholder)][1]
             with torch.no_grad():
                 value = run.owned_value(path.program.escapes[index])
-            made: Made = placeholder._twofold_made  # type: ignore[attr-defined]
             if made.requires_grad:
                 if made.grad_function:
                     value = with_freed_history(value, made.grad_function)
                 else:
                     value.requires_grad_()
-            fill_placeholder(placeholder, value)
+            fill_placeholder(placeholder, value, self._placeholders)
             node = path.maker_of(index)
-            node.placeholders[index - node.event.first_slot] = recycle(value, made)  # type: ignore[union-attr]
+            again = recycle(value, made, self._placeholders)
+            node.placeholders[index - node.event.first_slot] = again  # type: ignore[union-attr]
 
     def _finish_trace(self) -> None:
         recorder, self._recorder = self._recorder, None
@@ -402,9 +446,14 @@ class PythonRunner:
                 self._run.discard()
             self._run = None
         recorder = self._recorder = Recorder(self.graph.has_accelerator, self.graph.host_sites)
-        for step in reversed(list(node.walk_back())):
-            self._repeat(recorder, step)
-        self._reset()
+        try:
+            for step in reversed(list(node.walk_back())):
+                self._repeat(recorder, step)
+        except BaseException as error:  # the program's own, from a call made earlier
+            recorder.refuse("unit_raised", f"{type(error).__name__} from a call made earlier in the unit", None)
+            raise
+        finally:
+            self._reset()
 
     def _repeat(self, recorder: Recorder, node: PathNode) -> None:
         event = node.event
@@ -422,8 +471,8 @@ class PythonRunner:
         for reference, tensor in zip(expected, made, strict=False):
             if type(reference) is Slot:
                 placeholder = self._slots[reference.index]
-                if placeholder is not tensor and is_placeholder(placeholder):
-                    fill_placeholder(placeholder, tensor)
+                if placeholder is not tensor and id(placeholder) in self._placeholders:
+                    fill_placeholder(placeholder, tensor, self._placeholders)
                     recorder.rename(tensor, placeholder)
         node.placeholders = [None] * len(node.placeholders)
 

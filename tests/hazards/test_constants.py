@@ -1,0 +1,374 @@
+"""Python values that a recorded step must not remember: every one of them changes while the program runs."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.hazards.programs import MODES, Mode, Parts, accounted, net, runs_as_graph, same, training
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_learning_rate_that_changes_every_step(mode: Mode) -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.param_groups[0]["lr"] = 0.1 / (1 + number)
+            return parts.train(x, y)
+
+        return step
+
+    runs_as_graph(training(make), 12, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("key", ["lr", "momentum", "weight_decay", "nesterov"])
+def test_hyper_parameter_of_sgd_that_changes_once(key: str, mode: Mode) -> None:
+    new = {"lr": 0.02, "momentum": 0.3, "weight_decay": 0.05, "nesterov": False}[key]
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            if number == 6:
+                parts.optimizer.param_groups[0][key] = new
+            return parts.train(x, y)
+
+        return step
+
+    def optimizer(model: Any) -> Any:
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
+
+    runs_as_graph(training(make, optimizer=optimizer), 12, mode)
+
+
+@pytest.mark.parametrize("key", ["lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_hyper_parameter_of_adam_that_changes_outside(kind: Any, key: str) -> None:
+    new: Any = {
+        "lr": 0.002, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1,
+        "amsgrad": False, "maximize": True,
+    }[key]  # fmt: skip
+
+    def between(number: int, parts: Parts) -> None:
+        if number == 6:
+            parts.optimizer.param_groups[0][key] = new
+
+    def optimizer(model: Any) -> Any:
+        return kind(model.parameters(), lr=0.01, amsgrad=True)
+
+    factory = training(
+        lambda parts: lambda number, x, y: parts.train(x, y), optimizer=optimizer, between=between
+    )
+    runs_as_graph(factory, 12)
+
+
+def test_dropout_probability_of_a_module_changes() -> None:
+    def between(number: int, parts: Parts) -> None:
+        parts.model[1].p = 0.5 if number < 6 else 0.1
+
+    factory = training(
+        lambda parts: lambda number, x, y: parts.train(x, y),
+        model=lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3)),
+        between=between,
+    )
+    runs_as_graph(factory, 14)
+
+
+def test_dropout_probability_is_annealed() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            loss = F.mse_loss(parts.model(F.dropout(x, 0.05 * number)), y)
+            loss.backward()
+            parts.optimizer.step()
+            return loss
+
+        return step
+
+    accounted(training(make), 12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "weight",
+    [
+        lambda n: 1.0 if n < 6 else 0.25,
+        lambda n: 1.0 / (n + 1),
+        lambda n: n,
+        lambda n: min(1.0, n / 5),
+        lambda n: (1, 1.0, True)[n % 3],
+        lambda n: (0.0, -0.0)[n // 4 % 2],
+        lambda n: np.float64(n / 3),
+        lambda n: np.float32(n / 3),
+        lambda n: math.inf if n == 6 else 1.0,
+        lambda n: math.nan,
+    ],
+    ids=["once", "annealed", "integer", "saturating", "types", "zeros", "float64", "float32", "inf", "nan"],
+)
+def test_loss_weight_changes(weight: Callable[[int], Any], mode: Mode) -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            output = parts.model(x)
+            penalty = output.abs().mean() * weight(number)
+            loss = F.mse_loss(output, y) + penalty
+            loss.backward()
+            parts.optimizer.step()
+            return loss, penalty.detach()
+
+        return step
+
+    runs_as_graph(training(make), 14, mode)
+
+
+def test_integer_counter_enters_arithmetic() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        parts.seen["calls"] = 0
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.seen["calls"] += 1
+            correction = 1 - 0.9 ** parts.seen["calls"]
+            loss = parts.train(x / correction, y + parts.seen["calls"])
+            return loss, x * parts.seen["calls"]
+
+        return step
+
+    accounted(training(make), 12)
+
+
+def test_exponent_and_shift_alternate() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            return parts.train(x ** (1 + number % 2), torch.roll(y, number % 3, 0))
+
+        return step
+
+    runs_as_graph(training(make), 24)
+
+
+def test_slice_bound_changes() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            keep = 2 + number % 3
+            return parts.train(x[:keep], y[:keep])
+
+        return step
+
+    runs_as_graph(training(make), 18)
+
+
+def test_string_argument_changes() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            loss = F.mse_loss(parts.model(x), y, reduction="mean" if number % 4 else "sum") * 0.1
+            loss.backward()
+            parts.optimizer.step()
+            return loss
+
+        return step
+
+    runs_as_graph(training(make), 12)
+
+
+def test_string_names_the_function() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            return parts.train(getattr(torch, "sin" if number % 3 else "cos")(x), y)
+
+        return step
+
+    runs_as_graph(training(make), 12)
+
+
+def test_function_in_an_attribute_changes() -> None:
+    def between(number: int, parts: Parts) -> None:
+        if number == 5:
+            parts.model[1] = nn.ReLU()
+
+    factory = training(lambda parts: lambda number, x, y: parts.train(x, y), between=between)
+    runs_as_graph(factory, 12)
+
+
+def test_attributes_of_modules_change() -> None:
+    def between(number: int, parts: Parts) -> None:
+        if number == 5:
+            parts.model[1].momentum = 0.5
+        if number == 8:
+            parts.model[1].eps = 0.1
+        if number == 11:
+            parts.model[2].negative_slope = 0.7
+
+    factory = training(
+        lambda parts: lambda number, x, y: parts.train(x, y),
+        model=lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.2), nn.Linear(8, 3)),
+        between=between,
+    )
+    runs_as_graph(factory, 15)
+
+
+def test_label_smoothing_changes() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            if number == 6:
+                criterion.label_smoothing = 0.3
+            parts.optimizer.zero_grad()
+            loss = criterion(parts.model(x), y.argmax(1))
+            loss.backward()
+            parts.optimizer.step()
+            return loss
+
+        return step
+
+    runs_as_graph(training(make), 12)
+
+
+def test_default_argument_is_mutated() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor, history: list[Any] = []) -> Any:  # noqa: B006
+            history.append(number)
+            loss = parts.train(x * (0.5 if len(history) > 7 else 1.0), y)
+            parts.seen["history"] = list(history)
+            return loss, len(history)
+
+        return step
+
+    runs_as_graph(training(make), 14)
+
+
+def test_closure_is_mutated() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        calls, scale = 0, 1.0
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            nonlocal calls, scale
+            calls += 1
+            if calls % 5 == 0:
+                scale *= 0.5
+            return parts.train(x * scale, y), calls, scale
+
+        return step
+
+    runs_as_graph(training(make), 18)
+
+
+def test_closure_tensor_is_replaced() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        offset = torch.ones(4)
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            nonlocal offset
+            loss = parts.train(x + offset, y)
+            if number == 5:
+                offset = offset * 3
+            return loss, offset
+
+        return step
+
+    runs_as_graph(training(make), 14)
+
+
+SCALE = 1.0
+
+
+def test_global_is_mutated() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        globals()["SCALE"] = 1.0
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            global SCALE
+            loss = parts.train(x * SCALE, y)
+            if number == 6:
+                SCALE = 0.1
+            return loss
+
+        return step
+
+    runs_as_graph(training(make), 14)
+
+
+def test_keywords_and_argument_order_change() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            if number % 3 == 0:
+                scaled = torch.add(x, x, alpha=2)
+            elif number % 3 == 1:
+                scaled = torch.add(x, other=x, alpha=3)
+            else:
+                scaled = torch.add(x, x)
+            return parts.train(scaled, y)
+
+        return step
+
+    runs_as_graph(training(make), 18)
+
+
+def test_dtype_and_device_arguments_change() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            rounded = x.to(torch.bfloat16 if number % 2 else torch.float16).to(torch.float32)
+            return parts.train(rounded, y), x.to("cpu")
+
+        return step
+
+    runs_as_graph(training(make), 12)
+
+
+def test_default_dtype_changes() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            loss = parts.train(x, y)
+            return loss, torch.ones(2) * number
+
+        return step
+
+    def between(number: int, parts: Parts) -> None:
+        torch.set_default_dtype(torch.float64 if number in (5, 6) else torch.float32)
+
+    try:
+        same(training(make, between=between), 12)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_grad_mode_is_switched_outside() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            if not torch.is_grad_enabled():
+                return parts.loss(x, y)
+            return parts.train(x, y)
+
+        return step
+
+    def between(number: int, parts: Parts) -> None:
+        torch.set_grad_enabled(number % 3 != 2)
+
+    try:
+        runs_as_graph(training(make, between=between), 18)
+    finally:
+        torch.set_grad_enabled(True)
+
+
+def test_wide_and_narrow_models_alternate() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        head = nn.Linear(3, 3)
+        parts.seen["head"] = head.weight
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            output = parts.model(x)
+            if number % 2:
+                output = head(output)
+            loss = F.mse_loss(output, y)
+            loss.backward()
+            parts.optimizer.step()
+            return loss
+
+        return step
+
+    runs_as_graph(training(make, model=net), 16)
