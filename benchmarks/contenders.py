@@ -66,9 +66,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _build_anew(
-    name: str, size: Size, device: torch.device, compile_model: CompileModel = identity
-) -> Program:
+def _build_anew(name: str, size: Size, device: torch.device, compile_model: CompileModel = identity) -> Program:
     sys.modules.pop(f"benchmarks.programs.{name}", None)
     seed_everything(SEED)
     return PROGRAMS[name](size, device, compile_model)

@@ -61,9 +61,7 @@ def main() -> None:
     device = torch.device(options.device)
     backend = "cuda_graph" if device.type == "cuda" else "replay"
     unit = make_unit(options.calls)
-    graphed = twofold.function(
-        unit, engine="coexecution", backend=backend, numerics="exact", background=False
-    )
+    graphed = twofold.function(unit, engine="coexecution", backend=backend, numerics="exact", background=False)
     results: dict[str, Any] = {
         "eager_us": time_unit(unit, device, options.calls, options.rounds),
         "twofold_us": time_unit(graphed, device, options.calls, options.rounds),

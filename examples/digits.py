@@ -53,6 +53,7 @@ def accuracy(network: Network, images: Tensor, labels: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a convolutional network on handwritten digits.")
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seconds", type=float, help="stop after the epoch in which this time has passed")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--log-every", type=int, default=100, help="steps between two printed losses")
@@ -64,7 +65,7 @@ def main() -> None:
     images, labels, test_images, test_labels = load()
     network = Network()
     optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=options.epochs)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.98)
 
     seconds: list[float] = []
     loss = torch.zeros(())
@@ -80,9 +81,11 @@ def main() -> None:
                 print(f"step {len(seconds):6d}  loss {loss.item():.4f}")
         schedule.step()
         print(f"epoch {epoch + 1:3d}  accuracy {accuracy(network, test_images, test_labels):.4f}")
+        if options.seconds and seconds[-1] > options.seconds:
+            break
 
     if options.out:
-        metrics = {"steps": len(seconds), "seconds": seconds, "loss": loss.item()}
+        metrics = {"epochs": epoch + 1, "steps": len(seconds), "seconds": seconds, "loss": loss.item()}
         options.out.write_text(json.dumps(metrics))
         torch.save(network.state_dict(), options.out.with_suffix(".pt"))
 

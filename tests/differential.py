@@ -177,9 +177,7 @@ def run(
     return [*observations, Observation(steps, facts)]
 
 
-def compare(
-    reference: list[Observation], candidate: list[Observation], tolerance: Tolerance = EXACT
-) -> list[str]:
+def compare(reference: list[Observation], candidate: list[Observation], tolerance: Tolerance = EXACT) -> list[str]:
     """Return the differences, first step first; empty means that no user could tell."""
     differences: list[str] = []
     if len(reference) != len(candidate):
@@ -256,9 +254,7 @@ def _observe_state(program: Program, facts: Facts) -> None:
         flatten_attributes(f"observed {name}", value, facts)
     facts["random of torch"] = _digest(torch.get_rng_state().tolist())
     if torch.cuda.is_available():
-        facts["random of torch on CUDA"] = _digest(
-            [state.tolist() for state in torch.cuda.get_rng_state_all()]
-        )
+        facts["random of torch on CUDA"] = _digest([state.tolist() for state in torch.cuda.get_rng_state_all()])
 
 
 def _digest(state: object) -> str:
@@ -285,9 +281,7 @@ def _flatten(name: str, value: Any, facts: Facts, parents: tuple[int, ...]) -> N
         facts[name] = _tensor_fact(value)
     elif isinstance(value, np.ndarray):
         facts[name] = TensorFact(f"ndarray {value.dtype}{list(value.shape)}", torch.from_numpy(value.copy()))
-    elif value is None or isinstance(
-        value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
-    ):
+    elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
         facts[name] = value
     elif id(value) in parents:
         facts[name] = f"cycle to {type(value).__name__}"

@@ -35,9 +35,7 @@ def build(size: Size, device: torch.device, compile_model: CompileModel = identi
     run_model = compile_model(model)
     optimizer = adam(model.parameters(), device)
 
-    def step(
-        input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def step(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         output = run_model(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
         output.loss.backward()

@@ -49,9 +49,7 @@ def identity(model: nn.Module) -> nn.Module:
 def load(name: str) -> Build:
     """Return a builder that imports `benchmarks.programs.<name>` when it is first called."""
 
-    def build(
-        size: Size, device: torch.device, compile_model: CompileModel = identity, **options: Any
-    ) -> Program:
+    def build(size: Size, device: torch.device, compile_model: CompileModel = identity, **options: Any) -> Program:
         module = importlib.import_module(f"benchmarks.programs.{name}")
         return module.build(size, device, compile_model, **options)
 

@@ -40,7 +40,7 @@ MAX_PATHS = 64
 """Paths kept for one program; each holds a graph and, on a GPU, its memory."""
 MAX_NEW_IN_A_ROW = 24
 """So many recorded units without one that was seen before, and recording stops: the paths do not repeat."""
-RETRY_AFTER = 50
+RETRY_AFTER = 4
 """Units after which recording is tried again where it failed or did not pay; the distance doubles each time."""
 
 

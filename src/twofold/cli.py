@@ -30,9 +30,7 @@ PACKAGE = str(Path(__file__).parent) + os.sep
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the ``twofold`` command. Does not return normally where the script does not."""
     parsed = _parser().parse_args(arguments)
-    options = {
-        name: value for name, value in vars(parsed).items() if name in _OPTION_NAMES and value is not None
-    }
+    options = {name: value for name, value in vars(parsed).items() if name in _OPTION_NAMES and value is not None}
     try:
         Options.make(**options)
     except TwofoldError as error:
@@ -58,9 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="twofold", description="Run imperative PyTorch programs as graphs.", allow_abbrev=False
-    )
+    parser = _Parser(prog="twofold", description="Run imperative PyTorch programs as graphs.", allow_abbrev=False)
     run = parser.add_subparsers(dest="command", required=True, parser_class=_Parser).add_parser(
         "run",
         help="run an unmodified script",
@@ -70,12 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, choices in CHOICES.items():
         run.add_argument(f"--{name}", metavar="NAME", help=f"{', '.join(choices)} (default {choices[0]})")
-    run.add_argument(
-        "--warm-up", type=int, metavar="N", help="eager iterations before the first graph (default 2)"
-    )
-    run.add_argument(
-        "--report", type=Path, metavar="FILE", help="write what ran where and why, as an HTML page"
-    )
+    run.add_argument("--warm-up", type=int, metavar="N", help="eager iterations before the first graph (default 2)")
+    run.add_argument("--report", type=Path, metavar="FILE", help="write what ran where and why, as an HTML page")
     run.add_argument(
         "--timeline", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev or chrome://tracing"
     )

@@ -74,9 +74,7 @@ class Options:
 def _check_name(name: str) -> None:
     names = [field.name for field in fields(Options)]
     if name not in names:
-        raise OptionError(
-            f"unknown option {name!r}{_suggestion(name, names)}; valid options are {', '.join(names)}"
-        )
+        raise OptionError(f"unknown option {name!r}{_suggestion(name, names)}; valid options are {', '.join(names)}")
 
 
 def _check_value(name: str, value: object) -> None:
@@ -109,13 +107,11 @@ def _check_available(backend: Backend) -> None:
         )
     if backend == "inductor" and cuda and importlib.util.find_spec("triton") is None:
         raise BackendUnavailableError(
-            "backend 'inductor' needs Triton on CUDA: install the triton package of this torch,"
-            " or use backend='auto'"
+            "backend 'inductor' needs Triton on CUDA: install the triton package of this torch, or use backend='auto'"
         )
     if backend == "inductor" and not cuda and not has_cpp_compiler():
         raise BackendUnavailableError(
-            "backend 'inductor' needs a C++ compiler on CPU: install g++ or set CXX to one,"
-            " or use backend='auto'"
+            "backend 'inductor' needs a C++ compiler on CPU: install g++ or set CXX to one, or use backend='auto'"
         )
 
 

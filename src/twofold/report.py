@@ -63,9 +63,7 @@ class Report:
         }
         self._fallbacks = [
             {"code": code, "reason": reason, "origin": _text(origin), "count": count, "hint": _hint(code)}
-            for (code, reason, origin), count in sorted(
-                account.fallbacks.copy().items(), key=lambda entry: -entry[1]
-            )
+            for (code, reason, origin), count in sorted(account.fallbacks.copy().items(), key=lambda entry: -entry[1])
         ]
         self._refusals = [
             {
@@ -104,10 +102,7 @@ class Report:
             SourceLine(
                 origin,
                 tuple(operation["name"] for operation in operations),
-                *(
-                    sum(operation[where] for operation in operations)
-                    for where in ("graph", "python", "eager")
-                ),
+                *(sum(operation[where] for operation in operations) for where in ("graph", "python", "eager")),
             )
             for origin, operations in by_origin.items()
         ]
@@ -157,9 +152,7 @@ class Report:
 
     def to_html(self, path: str | Path) -> None:
         """Write a page that needs no network and no other file."""
-        template = Environment(
-            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
+        template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         rows = sorted(self._operations, key=lambda row: (*_source_order(row["origin"] or ""), row["name"]))
         page = template.from_string(files("twofold").joinpath("report.html").read_text("utf-8")).render(
             numbers=self._numbers,

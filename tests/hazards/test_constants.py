@@ -59,9 +59,7 @@ def test_hyper_parameter_of_adam_that_changes_outside(kind: Any, key: str) -> No
     def optimizer(model: Any) -> Any:
         return kind(model.parameters(), lr=0.01, amsgrad=True)
 
-    factory = training(
-        lambda parts: lambda number, x, y: parts.train(x, y), optimizer=optimizer, between=between
-    )
+    factory = training(lambda parts: lambda number, x, y: parts.train(x, y), optimizer=optimizer, between=between)
     runs_as_graph(factory, 12)
 
 

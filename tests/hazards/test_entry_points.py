@@ -74,9 +74,7 @@ def test_nested_arguments_keywords_and_defaults() -> None:
         model = net()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
 
-        def step(
-            batch: dict[str, Any], /, *rest: Any, scale: float = 1.0, target: Any = None, **others: Any
-        ) -> Any:
+        def step(batch: dict[str, Any], /, *rest: Any, scale: float = 1.0, target: Any = None, **others: Any) -> Any:
             optimizer.zero_grad()
             loss = F.mse_loss(model(batch["x"][0]), batch["y"]) * scale + sum(r.mean() for r in rest)
             loss.backward()

@@ -55,9 +55,7 @@ def test_learning_rate_is_a_tensor(name: str, mode: Mode) -> None:
         if number == 5:
             parts.optimizer.param_groups[0]["lr"].mul_(0.1)
 
-    factory = training(
-        plain, optimizer=lambda m: kinds[name](m.parameters(), lr=torch.tensor(0.1)), between=between
-    )
+    factory = training(plain, optimizer=lambda m: kinds[name](m.parameters(), lr=torch.tensor(0.1)), between=between)
     accounted(factory, 10, mode)
 
 

@@ -280,9 +280,7 @@ def test_loop_until_a_value_is_small() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "way", ["from_numpy", "tensor", "as_tensor", "as_tensor of array", "asarray", "float array"]
-)
+@pytest.mark.parametrize("way", ["from_numpy", "tensor", "as_tensor", "as_tensor of array", "asarray", "float array"])
 def test_data_from_the_host(way: str, mode: Mode) -> None:
     ways: dict[str, Callable[[np.ndarray], torch.Tensor]] = {
         "from_numpy": torch.from_numpy,
@@ -304,9 +302,7 @@ def test_data_from_the_host(way: str, mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "place", ["outside", "before forward", "after forward", "after backward", "after step"]
-)
+@pytest.mark.parametrize("place", ["outside", "before forward", "after forward", "after backward", "after step"])
 def test_array_behind_a_tensor_is_changed(place: str, mode: Mode) -> None:
     def make(parts: Parts) -> Callable[..., Any]:
         array = parts.seen["array"] = np.random.rand(6, 4).astype(np.float32)

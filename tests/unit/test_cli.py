@@ -12,7 +12,6 @@ import torch
 from twofold import cli
 from twofold.errors import InternalError
 
-DIGITS = Path(__file__).parents[2] / "examples" / "digits.py"
 TWOFOLD = ["-m", "twofold", "run"]
 
 
@@ -108,19 +107,6 @@ def test_reports_are_written_when_the_script_raises(tmp_path: Path):
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
 
 
-@pytest.mark.slow
-def test_digits_example_is_bit_for_bit_eager(tmp_path: Path):
-    script = [str(DIGITS), "--epochs", "2", "--out"]
-    plain = python([*script, "plain.json"], tmp_path)
-    exact = ["--engine", "coexecution", "--backend", "replay", "--numerics", "exact", "--report", "r.html"]
-    under = python([*TWOFOLD, *exact, *script, "under.json"], tmp_path)
-    assert (under.stdout, under.stderr, under.returncode) == (plain.stdout, plain.stderr, 0)
-    assert json.loads((tmp_path / "under.json").read_text())["steps"] == 90
-    expected, got = torch.load(tmp_path / "plain.pt"), torch.load(tmp_path / "under.pt")
-    assert expected.keys() == got.keys()
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
-
-
 def test_missing_script(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert "missing.py does not exist" in refused(capsys, "run", str(tmp_path / "missing.py"))
     assert "is a folder" in refused(capsys, "run", str(tmp_path))
@@ -153,14 +139,10 @@ def test_report_into_a_missing_folder_is_refused_before_anything_runs(
     script = tmp_path / "script.py"
     script.write_text("raise AssertionError")
     target = tmp_path / "missing" / "report.html"
-    assert f"make the folder {target.parent} first" in refused(
-        capsys, "run", "--report", str(target), str(script)
-    )
+    assert f"make the folder {target.parent} first" in refused(capsys, "run", "--report", str(target), str(script))
 
 
-def test_errors_of_this_package_keep_their_frames(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_errors_of_this_package_keep_their_frames(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     cli._hide_own_frames()
     for error, own in ((InternalError("broken"), True), (ValueError("theirs"), False)):
@@ -207,9 +189,7 @@ def test_progress_goes_to_a_terminal_only_and_leaves_the_log_of_the_script_alone
 def test_progress_is_shown_on_a_terminal(tmp_path: Path):
     (tmp_path / "script.py").write_text("import logging\nlogging.getLogger('twofold').info('first graph')\n")
     reader, writer = pty.openpty()
-    subprocess.run(
-        [sys.executable, *TWOFOLD, "script.py"], cwd=tmp_path, stderr=writer, timeout=120, check=True
-    )
+    subprocess.run([sys.executable, *TWOFOLD, "script.py"], cwd=tmp_path, stderr=writer, timeout=120, check=True)
     os.close(writer)
     assert b"twofold: first graph" in os.read(reader, 1 << 16)
     os.close(reader)

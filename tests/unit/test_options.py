@@ -29,8 +29,7 @@ def test_unknown_option_names_the_nearest_and_lists_all():
     with pytest.raises(OptionError, match=r"'bakend' \(did you mean 'backend'\?\)") as caught:
         Options.make(bakend="auto")
     assert all(
-        name in str(caught.value)
-        for name in ("engine", "backend", "numerics", "warm_up", "background", "strict")
+        name in str(caught.value) for name in ("engine", "backend", "numerics", "warm_up", "background", "strict")
     )
 
 
@@ -102,8 +101,6 @@ def test_limits_page_says_of_each_code_what_the_report_says():
 
 def test_each_error_is_a_twofold_error():
     raised = [
-        value
-        for value in vars(twofold.errors).values()
-        if isinstance(value, type) and issubclass(value, Exception)
+        value for value in vars(twofold.errors).values() if isinstance(value, type) and issubclass(value, Exception)
     ]
     assert all(issubclass(error, TwofoldError) for error in raised)

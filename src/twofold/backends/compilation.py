@@ -98,7 +98,8 @@ class Compiler:
 
     def _ask_process(self, text: str, path: str) -> None:
         process = self._running_process()
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
             process.stdin.write(json.dumps([text, path, torch.get_num_threads()]) + "\n")
             process.stdin.flush()
@@ -133,8 +134,7 @@ def load_artifact(path: str) -> Callable[..., Any]:
     """Load a compiled piece: a callable from input tensors to a list of output tensors."""
     from torch._inductor import CompiledArtifact
 
-    artifact = CompiledArtifact.load(path=path, format="binary")
-    return artifact
+    return CompiledArtifact.load(path=path, format="binary")
 
 
 _compiler: Compiler | None = None

@@ -8,7 +8,7 @@ their capture with no other unit between them, and because whatever outlives a u
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,7 +62,11 @@ class CudaGraphExecutable:
         self._graphs: list[tuple[torch.cuda.CUDAGraph, tuple[Value, ...]]] = []
         self._copies = self._plan_copies()
         self._written = [
-            [value for value in written_roots(segment, program.views) if value in self._buffers]
+            [
+                value
+                for value in written_roots(segment, program.views)
+                if value in self._buffers and value not in program.settings
+            ]
             for segment in program.segments
         ]
         with _on_side_stream():
@@ -128,7 +132,7 @@ def _buffer_for(spec: TensorSpec | None, example: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _on_side_stream() -> Iterator[None]:
+def _on_side_stream() -> Generator[None]:
     torch.cuda.synchronize()
     with torch.cuda.stream(_stream()):
         yield

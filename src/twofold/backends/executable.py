@@ -73,8 +73,6 @@ def _result_paths(node: Node) -> list[tuple[int, ...]]:
     return paths
 
 
-
-
 def _asked_for(node: Node, count: int) -> list[int]:
     """Return which results a backward operation was asked for, by its `output_mask`; else the first ones."""
     given = (*node.arguments, *(argument for _, argument in node.keywords))

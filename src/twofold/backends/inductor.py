@@ -93,7 +93,9 @@ def _rewrite_batch_norm(node: Node) -> list[Node]:
 
 def _rewrite_cudnn_batch_norm(node: Node) -> list[Node]:
     inner = replace(node, target=aten.native_batch_norm.default, results=node.results[:3])
-    reserve = Node("call", aten.new_zeros.default, (node.arguments[0], [0]), (("dtype", torch.uint8),), node.results[3:])
+    reserve = Node(
+        "call", aten.new_zeros.default, (node.arguments[0], [0]), (("dtype", torch.uint8),), node.results[3:]
+    )
     return [*_rewrite_batch_norm(inner), reserve]
 
 
@@ -123,12 +125,12 @@ def compile_to_file(text: str, path: str, threads: int) -> None:
     try:
         with torch.no_grad(), config.patch({"fallback_random": True, "triton.cudagraphs": False}):
             with torch._subclasses.FakeTensorMode():
-                examples = [_fake(value) for value in graph.inputs]
+                examples: list[Any] = [_fake(value) for value in graph.inputs]
             artifact = standalone_compile(module, examples, dynamic_shapes="from_example_inputs")
             part = FilePath(path).with_suffix(".part")
             artifact.save(path=str(part), format="binary")
             part.replace(path)
-    except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and each means: keep the tier below
+    except Exception as error:
         raise CompileFailed(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}") from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
+from torch.utils import dlpack
 
 
 def _members(names: str) -> set[Any]:
@@ -62,7 +63,7 @@ FROM_HOST_DATA: Final[frozenset[Any]] = frozenset(
         torch.frombuffer,
         torch.from_file,
         torch.from_dlpack,
-        torch.utils.dlpack.from_dlpack,
+        dlpack.from_dlpack,
         torch.Tensor.new_tensor,
         torch.sparse_coo_tensor,
     }
@@ -76,13 +77,11 @@ VALUE_READS: Final[frozenset[Any]] = frozenset(
 
 MEMORY_READS: Final[frozenset[Any]] = frozenset(
     _members("data_ptr untyped_storage storage _typed_storage __dlpack__ share_memory_ const_data_ptr")
-    | {torch.utils.dlpack.to_dlpack}
+    | {dlpack.to_dlpack}
 )
 """Show where a tensor's memory is, through which it can be read and written unseen."""
 
-HOOKS: Final[frozenset[Any]] = frozenset(
-    _members("register_hook register_post_accumulate_grad_hook retain_grad")
-)
+HOOKS: Final[frozenset[Any]] = frozenset(_members("register_hook register_post_accumulate_grad_hook retain_grad"))
 """Attach Python to the backward pass: a unit that calls one stays eager."""
 
 SETTERS: Final[frozenset[Any]] = frozenset(

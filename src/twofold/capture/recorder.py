@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -28,7 +29,7 @@ from .functions import (
     VALUE_READS,
     display_name,
 )
-from .intercept import user_origin
+from .intercept import unheard, user_origin
 from .trace import (
     Event,
     EventKind,
@@ -59,9 +60,7 @@ PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 def current_ambient() -> Ambient:
     """Describe the modes of this thread under which an operation would run."""
     autocast = tuple(
-        (device, torch.get_autocast_dtype(device))
-        for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     )
     return Ambient(
         grad=torch.is_grad_enabled(),
@@ -142,8 +141,8 @@ class Recorder:
     ) -> Any:
         """Run `function` and append it as an event, unless it turns out to be Python's own business."""
         given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
-        if any(type(tensor) not in PLAIN_TENSORS for tensor in given):
-            self._refuse("unsupported_call", "a tensor subclass is used", origin)
+        if not all(map(_is_plain, given)):
+            self._refuse("unsupported_call", "a tensor subclass, or a tensor of a function transform, is used", origin)
             return function(*arguments, **keywords)
         known = len(self.trace.externals)
         if self._is_host_call(function, given, origin):
@@ -234,9 +233,7 @@ class Recorder:
                 operations,
             )
 
-    def zero_grad(
-        self, owner: Any, original: Callable[..., None], arguments: tuple[Any, ...], keywords: Any
-    ) -> None:
+    def zero_grad(self, owner: Any, original: Callable[..., None], arguments: tuple[Any, ...], keywords: Any) -> None:
         """Run `zero_grad` of an optimizer or module as one event."""
         if self.trace.refusal or self._announced:
             original(owner, *arguments, **keywords)
@@ -371,9 +368,7 @@ class Recorder:
             self._refuse("unsupported_call", f"{display_name(function)} exposes the memory of a tensor of the unit")
         elif function in HOOKS:
             self._refuse("tensor_hook", f"{display_name(function)} on a tensor of the unit")
-        elif function in SETTERS and (
-            self._is_made_here(arguments[0]) or self._is_known_memory(arguments[0])
-        ):
+        elif function in SETTERS and (self._is_made_here(arguments[0]) or self._is_known_memory(arguments[0])):
             self._refuse("unsupported_call", f"{display_name(function)} changes a tensor of the unit")
         elif function in SETTERS:
             return True
@@ -409,9 +404,7 @@ class Recorder:
             return all(tensor.device.type == "cpu" for tensor in given)
         return bool(made) and all(tensor.device.type == "cpu" for tensor in made)
 
-    def _is_fetch(
-        self, function: Any, given: list[torch.Tensor], made: list[torch.Tensor], result: Any
-    ) -> bool:
+    def _is_fetch(self, function: Any, given: list[torch.Tensor], made: list[torch.Tensor], result: Any) -> bool:
         if made:
             if function in FROM_HOST_DATA or function in VALUE_READS:
                 return True
@@ -512,7 +505,8 @@ class Recorder:
             number = -1
         self.trace.externals.append(tensor)
         if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():
-            self._borrowed.append((tensor, tensor.detach().clone()))
+            with unheard():
+                self._borrowed.append((tensor, tensor.detach().clone()))
         self.trace.external_numbers.append(number)
         self.trace.hidden.pop(number, None)
         self._remember(tensor, reference)
@@ -567,6 +561,10 @@ class Recorder:
         )
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in PLAIN_TENSORS and not is_functorch_wrapped_tensor(tensor)
+
+
 def parameters_of(owner: Any) -> list[torch.Tensor]:
     """Return the parameters of an optimizer or a module."""
     if isinstance(owner, Optimizer):
@@ -599,8 +597,8 @@ def _history(tensor: torch.Tensor, freed: dict[Any, None]) -> str:
 
 
 def _passes_undefined(target: Any, arguments: tuple[Any, ...]) -> bool:
-    """Whether an operation was given an undefined tensor, which C++ can pass and Python cannot."""
-    return any(
+    """Whether an operation was given an undefined tensor where only C++ can pass one."""
+    return "mkldnn" in target.name() and any(
         given is None and str(argument.type) == "Tensor"
         for given, argument in zip(arguments, target._schema.arguments, strict=False)
     )

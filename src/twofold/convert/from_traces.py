@@ -61,8 +61,8 @@ class OptimizerPlan:
     hyper_parameters: list[dict[str, Any]]
     parameters: tuple[tuple[torch.Tensor, ...], ...]
     state: Any
-    tensors: tuple[tuple[dict[str, Any], str, torch.Tensor], ...]
-    """The tensors of its state, each with the dictionary and key that hold it."""
+    tensors: tuple[tuple[Any, dict[str, Any], str, torch.Tensor], ...]
+    """The tensors of its state, each with its parameter, and the dictionary and key that hold it."""
     stand_in: Any
     """An optimizer of the same class without parameters, for `step` to do nothing with."""
 
@@ -71,7 +71,7 @@ class OptimizerPlan:
         groups = self.optimizer.param_groups
         return (
             self.optimizer.state is self.state
-            and all([holder.get(key) is tensor for holder, key, tensor in self.tensors])
+            and all(self.state.get(p) is held and held.get(key) is tensor for p, held, key, tensor in self.tensors)
             and len(groups) == len(self.parameters)
             and all(
                 len(group["params"]) == len(known) and all(map(_same, group["params"], known))
@@ -81,11 +81,11 @@ class OptimizerPlan:
         )
 
 
-def _state_tensors(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
-    for state in optimizer.state.values():
+def _state_tensors(optimizer: Optimizer) -> Iterator[tuple[Any, dict[str, Any], str, torch.Tensor]]:
+    for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
-                yield state, key, value
+                yield parameter, state, key, value
 
 
 def _stand_in(optimizer: Optimizer) -> Any:
@@ -239,7 +239,7 @@ class _Builder:
 
     def _add_fetch(self, index: int, event: Event, values: list[Value]) -> None:
         self.fetches[index] = tuple(values)
-        self.nodes.append(Node("fetch", None, (values,), (), (), origin=event.origin))
+        self.nodes.append(Node("fetch", None, ([*values],), (), (), origin=event.origin))
 
     def _reference(self, reference: Any) -> Value:
         trace = self.trace
@@ -360,4 +360,3 @@ class _Builder:
         graph = eliminate_dead_code(graph)
         verify(graph)
         return graph
-

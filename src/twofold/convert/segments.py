@@ -136,7 +136,6 @@ def _by_name(value: Value) -> str:
     return value.name
 
 
-
 def writes_of(node: Node) -> tuple[Value, ...]:
     """Return the values whose memory a call changes, batch norm's unannounced running statistics included."""
     schema = getattr(node.target, "_schema", None)

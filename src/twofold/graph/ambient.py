@@ -56,9 +56,7 @@ def _entered(ambient: Ambient) -> Generator[None]:
         stack.enter_context(torch.set_grad_enabled(ambient.grad))
         for device, dtype in _autocast_changes(ambient):
             enabled = dtype is not None
-            stack.enter_context(
-                torch.autocast(device, dtype, enabled=enabled, cache_enabled=ambient.autocast_cache)
-            )
+            stack.enter_context(torch.autocast(device, dtype, enabled=enabled, cache_enabled=ambient.autocast_cache))
         yield
 
 

@@ -80,9 +80,7 @@ class SubGraphBuilder:
         wanted = [*names, *[None] * (len(results) - len(names))]
         values = tuple(Value(self._names.fresh(n), spec) for n, spec in zip(wanted, results, strict=True))
         pairs = tuple((keywords or {}).items())
-        self._nodes.append(
-            Node(op, target, tuple(arguments), pairs, values, tuple(subgraphs), origin, ambient)
-        )
+        self._nodes.append(Node(op, target, tuple(arguments), pairs, values, tuple(subgraphs), origin, ambient))
         return values
 
     def call(

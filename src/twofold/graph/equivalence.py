@@ -21,9 +21,7 @@ def equivalent(a: SubGraph, b: SubGraph) -> bool:
     if not (isinstance(a, Graph) and isinstance(b, Graph)):
         return True
     same_names = list(a.subgraphs) == list(b.subgraphs)
-    return same_names and all(
-        renaming.same_body(body, b.subgraphs[name]) for name, body in a.subgraphs.items()
-    )
+    return same_names and all(renaming.same_body(body, b.subgraphs[name]) for name, body in a.subgraphs.items())
 
 
 class _Renaming:

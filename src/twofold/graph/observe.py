@@ -158,9 +158,7 @@ class Observer:
             for where, tensor in _tensors_of(path + pytree.keystr(steps), leaf):
                 if id(tensor) not in self._seen:
                     # Holding the tensor keeps its id from being given to another.
-                    self._seen[id(tensor)] = _Seen(
-                        where, tensor, snapshot(tensor), snapshot(_gradient(tensor))
-                    )
+                    self._seen[id(tensor)] = _Seen(where, tensor, snapshot(tensor), snapshot(_gradient(tensor)))
 
 
 def _tensors_of(path: str, thing: Any) -> Iterator[tuple[str, torch.Tensor]]:

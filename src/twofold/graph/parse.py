@@ -226,9 +226,7 @@ def _parse_ambient(line: _Line, text: str) -> Ambient:
             autocast.append((device, dtype))
         elif word not in {"no_grad", "inference", "no_autocast_cache"}:
             raise GraphSyntaxError(f"line {line.number}: expected a mode, got {word!r}")
-    return Ambient(
-        "no_grad" not in words, "inference" in words, tuple(autocast), "no_autocast_cache" not in words
-    )
+    return Ambient("no_grad" not in words, "inference" in words, tuple(autocast), "no_autocast_cache" not in words)
 
 
 def _parse_origin(line: _Line, text: str | None) -> Origin | None:

@@ -83,9 +83,7 @@ def _generator() -> torch.Generator:
 class GraphRunner:
     """One unit of one path. Mutable; not used after `commit_gradients` or `discard`."""
 
-    def __init__(
-        self, installed: Installed, feeds: dict[int, torch.Tensor], given: dict[int, torch.Tensor]
-    ) -> None:
+    def __init__(self, installed: Installed, feeds: dict[int, torch.Tensor], given: dict[int, torch.Tensor]) -> None:
         """Start with nothing launched. `feeds` grows while Python walks; `given` are the program's own objects."""
         self.installed = installed
         self.program = installed.program

@@ -109,8 +109,4 @@ UNKNOWN_TO_PYTHON = _calibrate()
 def escaped(placeholders: list[torch.Tensor]) -> list[int]:
     """Return the indices of the placeholders that Python still holds, or has put attributes on."""
     counts = _reference_counts(placeholders)
-    return [
-        index
-        for index, count in enumerate(counts)
-        if count > UNKNOWN_TO_PYTHON or placeholders[index].__dict__
-    ]
+    return [index for index, count in enumerate(counts) if count > UNKNOWN_TO_PYTHON or placeholders[index].__dict__]

@@ -22,9 +22,8 @@ from twofold.capture.intercept import unheard, user_origin
 from twofold.capture.recorder import Recorder, current_ambient, has_step_hooks
 from twofold.capture.trace import External, Slot, Trace, leaves, map_leaves
 from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
-from twofold.graph import ambient_context
-
 from twofold.errors import InternalError
+from twofold.graph import ambient_context
 
 from .account import Account
 from .graph_runner import GraphRunner, Installed, feed_copy
@@ -172,13 +171,11 @@ class PythonRunner:
     def _resolve(self, reference: Slot | External) -> torch.Tensor:
         if type(reference) is Slot:
             return self._slots[reference.index]
-        tensor = self._feeds.get(reference.index)
-        if tensor is None:
-            assert self._node is not None
-            role, _ = self._node.role_of(reference.index)
-            assert role.tensor is not None
-            tensor = role.tensor
-        return tensor
+        assert self._node is not None
+        role, _ = self._node.role_of(reference.index)
+        # Invariant: a feed is bound anew where a node that matched first uses it; a node that did not match may
+        # have left a binding too, for an index that is static here.
+        return self._feeds[reference.index] if role.tensor is None else role.tensor
 
     def _unexpected(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if function in METADATA:
@@ -218,9 +215,9 @@ class PythonRunner:
         """
         if self._recorder is not None:
             return self._recorder.operation(target, arguments, keywords)
-        if self._node is not None and self._stepping is None:
-            if self._has_placeholder(leaves((arguments, keywords), _TENSOR)):
-                raise InternalError(f"{target} reached PyTorch's dispatcher unannounced, on a tensor of a graph.")
+        following = self._node is not None and self._stepping is None
+        if following and self._has_placeholder(leaves((arguments, keywords), _TENSOR)):
+            raise InternalError(f"{target} reached PyTorch's dispatcher unannounced, on a tensor of a graph.")
         return target(*arguments, **keywords)
 
     def foreign_call(self, code: str, what: str) -> None:
@@ -314,7 +311,6 @@ class PythonRunner:
     def _fetch(self, node: PathNode, function: Any, arguments: Any, keywords: Any) -> Any:
         path = node.latest
         if path is None or not self._ensure_run(path):
-            assert self._node is not None and self._node.parent is not None
             self._node = node.parent
             self.leave("new_path", "a value is needed on a path with no graph yet")
             return self.call(function, arguments, keywords)
@@ -336,8 +332,7 @@ class PythonRunner:
 
         arguments, keywords = map_leaves((arguments, keywords), _TENSOR, real)
         with unheard():
-            result = function(*arguments, **keywords)
-        return result
+            return function(*arguments, **keywords)
 
     def _ensure_run(self, path: Path) -> bool:
         """Have the segments that Python has walked launched on `path`; False if it has no graph that fits."""
@@ -399,8 +394,8 @@ class PythonRunner:
         return True
 
     def _check_borrowed(self, path: Path) -> None:
-        for index, tensor in self._feeds.items():
-            copied = self._copied[index]
+        for index, copied in self._copied.items():
+            tensor = self._feeds[index]
             if copied is not tensor and not tensor.untyped_storage().resizable() and not torch.equal(tensor, copied):
                 path.blocked = "mutated_outside"
                 self.account.fallback("mutated_outside", "the NumPy array behind a tensor changed within a unit")

@@ -47,9 +47,7 @@ def test_name_of(target, name: str):
     assert resolve(name) == target
 
 
-@pytest.mark.parametrize(
-    "target", [lambda: None, functools.partial(torch.add), [].append, torch.zeros(1).add]
-)
+@pytest.mark.parametrize("target", [lambda: None, functools.partial(torch.add), [].append, torch.zeros(1).add])
 def test_callable_that_cannot_be_found_again_has_no_name(target):
     with pytest.raises(UnnamedCallableError, match="no name by which it can be found again"):
         qualified_name(target)

@@ -108,9 +108,7 @@ class Program:
                 return builder.node("call", torch._foreach_mul, pair, results=[VECTOR, VECTOR], **common)
             case "slice":
                 place = (slice(None), ...)
-                return builder.node(
-                    "call", torch.Tensor.__getitem__, [vector, place], results=[VECTOR], **common
-                )
+                return builder.node("call", torch.Tensor.__getitem__, [vector, place], results=[VECTOR], **common)
             case "fetch":
                 return builder.node("fetch", None, [vector], {"name": "v"}, **common)
             case "assert":
@@ -122,9 +120,7 @@ class Program:
             case _:
                 return builder.node("set_item", None, [self.box, 0, vector], **common)
 
-    def body(
-        self, builder: SubGraphBuilder, name: str, indexed: bool, outer: list[Value], depth: int
-    ) -> SubGraph:
+    def body(self, builder: SubGraphBuilder, name: str, indexed: bool, outer: list[Value], depth: int) -> SubGraph:
         inner = builder.body(name)
         if indexed:
             inner.input(None, None)
@@ -132,9 +128,7 @@ class Program:
         self.run(inner, vectors, depth - 1)
         return inner.finish([self.pick(vectors)])
 
-    def control_flow(
-        self, builder: SubGraphBuilder, kind: str, vectors: list[Value], depth: int
-    ) -> tuple[Value, ...]:
+    def control_flow(self, builder: SubGraphBuilder, kind: str, vectors: list[Value], depth: int) -> tuple[Value, ...]:
         start = self.pick(vectors)
         if kind == "invoke":
             return builder.invoke("countdown", self.pick((0, 2)), start)
@@ -145,9 +139,7 @@ class Program:
         first = {"if": self.flag, "switch": self.pick((0, 2)), "loop": self.pick((0, 3))}[kind]
         return builder.node(kind, None, [first, start], None, [VECTOR], subgraphs)
 
-    def while_(
-        self, builder: SubGraphBuilder, start: Value, vectors: list[Value], depth: int
-    ) -> tuple[Value, ...]:
+    def while_(self, builder: SubGraphBuilder, start: Value, vectors: list[Value], depth: int) -> tuple[Value, ...]:
         condition, body = builder.body("condition"), builder.body("body")
         count, _ = condition.input(None, None), condition.input(None, VECTOR)
         again = condition.finish([condition.call(operator.lt, count, 2, result=None)])
@@ -171,9 +163,7 @@ def observe(graph: Graph, flag: bool) -> Outcome | str:
     x = torch.tensor([0.5, -1.0])
     box = {0: x, 1: torch.tensor([3.0, 4.0])}
     try:
-        return interpret(
-            graph, [x, torch.ones(2), torch.tensor(flag), box], read_feed=lambda _: torch.full((2,), 0.25)
-        )
+        return interpret(graph, [x, torch.ones(2), torch.tensor(flag), box], read_feed=lambda _: torch.full((2,), 0.25))
     except AssertionFailed as failure:
         return str(failure)
 
@@ -181,9 +171,7 @@ def observe(graph: Graph, flag: bool) -> Outcome | str:
 def indistinguishable(a: Graph, b: Graph) -> bool:
     for flag in (True, False):
         left, right = observe(a, flag), observe(b, flag)
-        same = (
-            left.same_as(right) if isinstance(left, Outcome) and isinstance(right, Outcome) else left == right
-        )
+        same = left.same_as(right) if isinstance(left, Outcome) and isinstance(right, Outcome) else left == right
         if not same:
             return False
     return True
@@ -241,12 +229,8 @@ def drop(graph: Graph, dropped: Callable[[Node], bool]) -> Graph:
                 instead.update((result, current(node.operands[0])) for result in node.results)
                 continue
             arguments = tuple(rewrite(argument) for argument in node.arguments)
-            nodes.append(
-                replace(node, arguments=arguments, subgraphs=tuple(map(body_without, node.subgraphs)))
-            )
-        return SubGraph(
-            body.name, body.inputs, tuple(nodes), tuple(rewrite(output) for output in body.outputs)
-        )
+            nodes.append(replace(node, arguments=arguments, subgraphs=tuple(map(body_without, node.subgraphs))))
+        return SubGraph(body.name, body.inputs, tuple(nodes), tuple(rewrite(output) for output in body.outputs))
 
     def current(value: Value) -> Value:
         return instead.get(value, value)

@@ -92,9 +92,7 @@ def test_unknown_size_agrees_with_any():
 
 
 def test_message_names_node_and_origin():
-    with pytest.raises(
-        MalformedGraphError, match=r"^%0 = get_attr \(train\.py:7\): expected an attribute name"
-    ):
+    with pytest.raises(MalformedGraphError, match=r"^%0 = get_attr \(train\.py:7\): expected an attribute name"):
         graph_of("%0: f32[2] = get_attr(%n, 3)  # train.py:7\nreturn")
 
 

@@ -1,0 +1,205 @@
+"""Which tier a path runs on: judged by made-up times, against eager execution and the tier below."""
+
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.capture.recording import Linear, merge, recorded_path
+from twofold.backends.replay import ReplayExecutable
+from twofold.capture.trace_graph import Path, TraceGraph
+from twofold.options import Options
+from twofold.run import builder as builder_module
+from twofold.run.account import Account
+from twofold.run.builder import MAX_REBUILDS, SAMPLES, WARM_UP_SAMPLES, Builder
+
+
+def make_path() -> Path:
+    x = torch.ones(3)
+    return recorded_path(lambda: x.exp() + 1)
+
+
+def make_builder(**options: Any) -> Builder:
+    options.setdefault("numerics", "exact")
+    return Builder(Options(**options), Account("test", "coexecution"))
+
+
+def backend(path: Path) -> str | None:
+    return None if path.executable is None else path.executable.executable.backend
+
+
+def take_eager(builder: Builder, path: Path, seconds: float) -> None:
+    while builder.wants_eager_samples():
+        builder.note_eager(path, seconds)
+
+
+def take_graph(builder: Builder, path: Path, seconds: float) -> None:
+    for index in range(SAMPLES):
+        builder.note_graph(path, 100.0 if index < WARM_UP_SAMPLES else seconds)
+
+
+class _AsInductor(ReplayExecutable):
+    backend = "inductor"
+
+    def __init__(self, program: Any, _artifact: Any) -> None:
+        super().__init__(program)
+
+
+def test_a_faster_graph_is_kept():
+    builder, path = make_builder(), make_path()
+    builder.prepare(path, accelerator=False)
+    assert builder.is_timing(path)
+    take_eager(builder, path, 0.002)
+    take_graph(builder, path, 0.001)
+    assert backend(path) == "replay"
+    assert path.blocked is None
+    assert builder.account.backend == "replay"
+    assert not builder.is_timing(path)
+    assert builder.account.decisions[-1].text == "kept replay: 1.000 ms a unit, 2.000 ms before"
+
+
+def test_a_slower_graph_is_dropped():
+    builder, path = make_builder(), make_path()
+    builder.prepare(path, accelerator=False)
+    take_eager(builder, path, 0.002)
+    take_graph(builder, path, 0.003)
+    assert path.executable is None
+    assert path.blocked == "not_faster"
+    assert builder.account.backend == "eager"
+    assert [code for code, _, _ in builder.account.fallbacks] == ["not_faster"]
+    assert builder.account.decisions[-1].text == "dropped replay: 3.000 ms a unit, eager takes 2.000 ms"
+
+
+def test_eager_times_are_compared_call_by_call():
+    builder, short = make_builder(), make_path()
+    x = torch.ones(3)
+    long = recorded_path(lambda: x.exp().exp().exp().exp() + 1)
+    builder.prepare(long, accelerator=False)
+    assert (short.call_count, long.call_count) == (2, 5)
+    take_eager(builder, short, 0.002)
+    take_graph(builder, long, 0.004)
+    assert backend(long) == "replay"
+
+
+def test_a_named_backend_is_not_judged():
+    builder, path = make_builder(backend="replay"), make_path()
+    builder.prepare(path, accelerator=False)
+    assert not builder.wants_eager_samples()
+    assert not builder.is_timing(path)
+    take_graph(builder, path, 100.0)
+    assert backend(path) == "replay"
+    assert builder.account.backend == "replay"
+
+
+class Orders:
+    """Stands for the compiler: one order that the test completes, and kernels that are replayed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.future: Future[Any] = Future()
+        monkeypatch.setattr(builder_module, "has_cpp_compiler", lambda: True)
+        monkeypatch.setattr(builder_module, "piece_texts", lambda _program: {"key": "text"})
+        monkeypatch.setattr(builder_module, "compiler", lambda: self)
+        monkeypatch.setattr(builder_module, "InductorExecutable", _AsInductor)
+
+    def order(self, _key: str, _text: str, _background: bool) -> Future[Any]:
+        return self.future
+
+    def artifact(self, key: str) -> Any:
+        raise AssertionError(f"{key} is not wanted here")
+
+    def seconds_of(self, _key: str) -> float:
+        return 1.5
+
+
+@pytest.fixture
+def orders(monkeypatch: pytest.MonkeyPatch) -> Orders:
+    return Orders(monkeypatch)
+
+
+def on_replay(builder: Builder) -> Path:
+    path = make_path()
+    builder.prepare(path, accelerator=False)
+    take_eager(builder, path, 0.002)
+    take_graph(builder, path, 0.001)
+    assert backend(path) == "replay"
+    return path
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0005, "inductor"), (0.0015, "replay")])
+def test_kernels_that_arrive_are_kept_if_they_are_faster_than_replay(orders: Orders, seconds: float, expected: str):
+    builder = make_builder(numerics="fused")
+    path = on_replay(builder)
+    builder.poll(path, accelerator=False)
+    assert backend(path) == "replay"
+    orders.future.set_result(None)
+    builder.poll(path, accelerator=False)
+    assert backend(path) == "inductor"
+    take_graph(builder, path, seconds)
+    assert backend(path) == expected
+    assert builder.account.backend == expected
+    assert path.blocked is None
+    assert builder.compile_seconds() == 1.5
+
+
+def test_a_slow_replay_leaves_the_path_open_for_kernels(orders: Orders):
+    builder, path = make_builder(numerics="fused"), make_path()
+    builder.prepare(path, accelerator=False)
+    take_eager(builder, path, 0.002)
+    take_graph(builder, path, 0.003)
+    assert path.executable is None
+    assert path.blocked is None
+    orders.future.set_result(None)
+    builder.poll(path, accelerator=False)
+    assert backend(path) == "inductor"
+    take_graph(builder, path, 0.003)
+    assert path.blocked == "not_faster"
+
+
+def test_a_path_built_again_and_again_is_given_up():
+    builder, path = make_builder(), make_path()
+    for _ in range(MAX_REBUILDS):
+        path.stale = True
+        builder.prepare(path, accelerator=False)
+        assert backend(path) == "replay"
+    path.stale = True
+    builder.prepare(path, accelerator=False)
+    assert path.blocked == "argument_changes"
+
+
+def test_a_path_that_is_not_stale_is_left_alone():
+    builder, path = make_builder(), make_path()
+    builder.prepare(path, accelerator=False)
+    executable = path.executable
+    builder.prepare(path, accelerator=False)
+    assert path.executable is executable
+
+
+def test_a_path_that_cannot_be_a_graph_is_blocked_with_its_reason():
+    weight = torch.ones(3, requires_grad=True)
+    path = merge(TraceGraph(), lambda: weight.exp())
+    assert path is not None
+    builder = make_builder()
+    builder.prepare(path, accelerator=False)
+    assert path.blocked == "history_escapes"
+    assert [code for code, _, _ in builder.account.fallbacks] == ["history_escapes"]
+
+
+def test_a_path_whose_optimizer_makes_its_state_waits():
+    net = Linear(lambda parameters: torch.optim.Adam(parameters))
+    path = merge(TraceGraph(), lambda: net.step(torch.ones(4, 3)))
+    assert path is not None
+    builder = make_builder()
+    builder.prepare(path, accelerator=False)
+    assert path.blocked is None
+    assert path.stale
+    assert builder.account.fallbacks == {}
+
+
+def test_too_large_a_unit_is_not_compiled(orders: Orders, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(builder_module, "MAX_COMPILED_NODES", 1)
+    builder, path = make_builder(numerics="fused"), make_path()
+    builder.prepare(path, accelerator=False)
+    assert [code for code, _, _ in builder.account.fallbacks] == ["too_large"]
+    assert builder.orders() == []
+    assert backend(path) == "replay"
