@@ -84,6 +84,8 @@ def _measure_in_child(name: str, options: argparse.Namespace) -> dict[str, Resul
 def measure_program(name: str, options: argparse.Namespace) -> dict[str, Result]:
     """Set every contender up in turn, then measure all of them in interleaved rounds."""
     device = torch.device(options.device)
+    if device.type == "cuda":  # for all contenders: without TF32 the large models wait for nothing but arithmetic
+        torch.set_float32_matmul_precision("high")
     results: dict[str, Result] = {}
     contenders: dict[str, Contender] = {}
     steps = 0

@@ -138,7 +138,7 @@ class _Driver:
                 self._learn(trace, signature)
             elif self._mode is Mode.IDLE and self._likely is not None:
                 account.eager_calls += self._likely.call_count
-                if not self._likely.blocked:
+                if self._timing or not self.graph.has_accelerator:  # else the device may still be at work
                     self.builder.note_eager(self._likely, seconds)
             account.span("python", "eager", int(self._began * 1e9), int((self._began + seconds) * 1e9))
         if self.between_units is not None:

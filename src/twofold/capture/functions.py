@@ -41,6 +41,7 @@ METADATA: Final[frozenset[Any]] = frozenset(
         torch.can_cast,
         torch.promote_types,
         torch._C._set_grad_enabled,
+        torch.device,
         torch.ops.profiler._record_function_enter_new,
         torch.ops.profiler._record_function_exit._RecordFunction,
     }
