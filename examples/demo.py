@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "digits.py"
-SECONDS = 45
+SECONDS = 40
 """Length of the eager run: kernels take 10 to 30 s to compile, and the steady state is to be seen."""
 
 

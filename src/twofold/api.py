@@ -40,7 +40,7 @@ MAX_PATHS = 64
 """Paths kept for one program; each holds a graph and, on a GPU, its memory."""
 MAX_NEW_IN_A_ROW = 24
 """So many recorded units without one that was seen before, and recording stops: the paths do not repeat."""
-RETRY_AFTER = 4
+RETRY_AFTER = 2
 """Units after which recording is tried again where it failed or did not pay; the distance doubles each time."""
 
 
@@ -168,7 +168,10 @@ class _Driver:
             return
         path = self.graph.merge(trace, signature)
         if path is None:
+            self.account.fallback("argument_changes", "a call was given other Python values again; Python keeps it")
             return
+        if path.seen == 1 and len(self.graph.paths) > 1:
+            self.account.fallback("new_path", "the unit took a path not seen before")
         self._new_in_a_row = self._new_in_a_row + 1 if path.seen == 1 else 0
         if self._new_in_a_row >= MAX_NEW_IN_A_ROW:
             self._give_up()
@@ -196,11 +199,11 @@ class _Driver:
         self._patience *= 2
         return False
 
-    def note_empty(self) -> None:
+    def note_empty(self, code: str, reason: str) -> None:
         """Count a call that made no tensor calls at all."""
         self.account.iterations += 1
         self.account.eager_iterations += 1
-        self.account.fallback("no_tensor_calls", "the unit made no tensor calls")
+        self.account.fallback(code, reason)
 
     def begin_listening(self) -> None:
         """Begin a unit, and listen unless it is idle."""
@@ -255,7 +258,11 @@ class Function(Generic[P, R]):
             return result
         except BaseException:
             driver.between_units = None
-            driver.runner.abandon()
+            if driver.runner.in_unit or self._steps_in_call:
+                driver.runner.abandon()
+            else:
+                driver.runner.drop()
+                driver.note_empty("unit_raised", "the program raised an exception before any tensor call")
             raise
         finally:
             driver.interception.stop()
@@ -277,7 +284,7 @@ class Function(Generic[P, R]):
             driver.end()
         else:
             driver.runner.drop()
-            driver.note_empty()
+            driver.note_empty("no_tensor_calls", "the unit made no tensor calls")
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """Bind to an instance, as a plain function in a class does; each instance has its own graphs."""
@@ -300,6 +307,18 @@ class Function(Generic[P, R]):
         bound = Function(method, self._options)
         self._bound[identity] = reference, bound
         return bound
+
+    def __getitem__(self, key: Any) -> Any:
+        """Index what is wrapped, for modules that are containers."""
+        wrapped: Any = self._wrapped
+        return wrapped[key]
+
+    def __len__(self) -> int:
+        wrapped: Any = self._wrapped
+        return len(wrapped)
+
+    def __bool__(self) -> bool:
+        return True
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -119,7 +119,7 @@ def test_loss_weight_changes(weight: Callable[[int], Any], mode: Mode) -> None:
 
         return step
 
-    runs_as_graph(training(make), 14, mode)
+    accounted(training(make), 14, mode)
 
 
 def test_integer_counter_enters_arithmetic() -> None:

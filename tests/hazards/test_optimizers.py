@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
-from tests.hazards.programs import MODES, Mode, Parts, accounted, runs_as_graph, training
+from tests.hazards.programs import MODES, Mode, Parts, accounted, runs_as_graph, same, training
 
 
 def plain(parts: Parts) -> Callable[..., Any]:
@@ -278,10 +278,7 @@ def test_hand_written_sgd(mode: Mode) -> None:
 
         return step
 
-    if mode == "function":
-        runs_as_graph(training(make), 8, mode)
-    else:
-        accounted(training(make), 8, mode)
+    same(training(make), 8, mode)
 
 
 def test_hand_written_momentum_on_data() -> None:
@@ -385,7 +382,7 @@ def test_grad_scaler_skips_steps(scale: float, mode: Mode) -> None:
 
         return step
 
-    accounted(training(make), 14, mode)
+    same(training(make), 14, mode)
 
 
 def test_autocast_is_switched_and_changes_type() -> None:

@@ -275,7 +275,7 @@ def test_spectral_norm_and_weight_norm() -> None:
         )
 
     for mode in MODES:
-        runs_as_graph(training(plain, model=model), 8, mode)
+        accounted(training(plain, model=model), 8, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -403,4 +403,4 @@ def test_recurrent_modules() -> None:
         return step
 
     for mode in MODES:
-        runs_as_graph(training(clip, model=Recurrent), 8, mode)
+        accounted(training(clip, model=Recurrent), 8, mode)

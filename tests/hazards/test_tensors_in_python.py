@@ -141,7 +141,7 @@ def test_read_of_an_input_a_parameter_and_a_result(name: str) -> None:
 
         return step
 
-    accounted(training(make), 6)
+    same(training(make), 6)
 
 
 READS_AS_GRAPH = [
@@ -163,7 +163,7 @@ def test_read_keeps_the_graph(name: str) -> None:
 
         return step
 
-    runs_as_graph(training(make), 8)
+    accounted(training(make), 8)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -330,7 +330,7 @@ def test_array_behind_a_tensor_is_changed(place: str, mode: Mode) -> None:
         if place == "outside":
             parts.seen["array"] += 1
 
-    runs_as_graph(training(make, between=between), 10, mode)
+    accounted(training(make, between=between), 10, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -352,7 +352,7 @@ def test_one_buffer_is_filled_twice_in_a_unit(mode: Mode) -> None:
 
         return step
 
-    runs_as_graph(training(make), 8, mode)
+    accounted(training(make), 8, mode)
 
 
 def test_unit_writes_to_memory_of_an_array() -> None:

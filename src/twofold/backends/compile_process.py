@@ -1,6 +1,6 @@
 """The compile process: reads orders, one JSON line each, and answers null or the reason of a failure.
 
-It runs at the lowest priority, so that on few cores the program keeps them, and ends with its standard input.
+It runs at a low priority, so that on few cores the program keeps most of them, and ends with its standard input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from twofold.backends.inductor import CompileFailed, compile_to_file
 
 def main() -> None:
     """Serve orders until the standard input ends."""
-    os.nice(19)
+    os.nice(10)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # compilers print; only replies may reach the program
     for line in sys.stdin:

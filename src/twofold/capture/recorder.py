@@ -110,8 +110,6 @@ class Recorder:
         self._written: set[int] = set()
         self._steps_passed = 0
         self._borrowed: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._random_state = torch.default_generator.get_state()
-        self._cuda_random = _cuda_offset()
 
     # ---- what the listener hears -------------------------------------------------------------------------
 
@@ -188,11 +186,13 @@ class Recorder:
         if _has_dynamic_shape(target, arguments):
             self._refuse("data_dependent_shape", f"{target} yields a shape that depends on values")
             return result
-        if _passes_undefined(target, arguments):
-            self._refuse("unsupported_call", f"{target} is given an undefined tensor")
+        if "mkldnn_rnn" in target.name():  # its workspace exists only in grad mode, where graphs do not run
+            self._refuse("unsupported_call", f"{target} keeps what its backward needs out of sight")
             return result
         operation = self._describe(target, arguments, keywords, result)
         self._operations.append(operation)
+        if torch.Tag.nondeterministic_seeded in target.tags and self.trace.first_random is None:
+            self.trace.first_random = len(self.trace.events)
         if target._schema.is_mutable:
             self._written.update(tensor.untyped_storage()._cdata for tensor in given)
         return result
@@ -258,8 +258,8 @@ class Recorder:
 
     def random_state_changes(self) -> None:
         """Take note that the program seeds or sets a random generator."""
-        if self.trace.events and self.trace.refusal is None:
-            self._refuse("unsupported_call", "the random state is read or set in the middle of a unit")
+        if self.trace.first_random is not None and self.trace.refusal is None:
+            self._refuse("unsupported_call", "the random state is read, set or drawn from after a draw of the unit")
 
     def refuse(self, code: str, reason: str, origin: Origin | None) -> None:
         """Stop recording for a reason found elsewhere."""
@@ -329,8 +329,6 @@ class Recorder:
                 trace.gradients.append(
                     Gradient(leaf, self._number_if_known(self._entry_gradients[id(leaf)]), self._exit_gradient(leaf))
                 )
-        moved = not torch.equal(self._random_state, torch.default_generator.get_state())
-        trace.uses_random = moved or self._cuda_random != _cuda_offset()
         self._alive.clear()
         self._freed.clear()
         return trace
@@ -476,9 +474,9 @@ class Recorder:
         return number
 
     def _describe(self, target: Any, arguments: Any, keywords: Any, result: Any) -> Operation:
-        templates = map_leaves((tuple(arguments), dict(keywords)), _TENSOR, self._operand)
+        positional, named = map_leaves((tuple(arguments), dict(keywords)), _TENSOR, self._operand)
         results = tuple(self._number(tensor)[0] for tensor in leaves(result, _TENSOR))
-        return Operation(target, *templates, results)
+        return Operation(target, positional, named, results)
 
     def _operand(self, tensor: torch.Tensor) -> Any:
         try:
@@ -596,21 +594,7 @@ def _history(tensor: torch.Tensor, freed: dict[Any, None]) -> str:
     return "freed" if function in freed else "live"
 
 
-def _passes_undefined(target: Any, arguments: tuple[Any, ...]) -> bool:
-    """Whether an operation was given an undefined tensor where only C++ can pass one."""
-    return "mkldnn" in target.name() and any(
-        given is None and str(argument.type) == "Tensor"
-        for given, argument in zip(arguments, target._schema.arguments, strict=False)
-    )
-
-
 def _has_dynamic_shape(target: Any, arguments: tuple[Any, ...]) -> bool:
     if target is not torch.ops.aten.index.Tensor:  # tagged so, but only a mask makes it so
         return not _DYNAMIC_TAGS.isdisjoint(target.tags)
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1])
-
-
-def _cuda_offset() -> int:
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return 0
-    return torch.cuda.default_generators[torch.cuda.current_device()].get_offset()

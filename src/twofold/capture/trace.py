@@ -147,7 +147,8 @@ class Trace:
     gradients: list[Gradient] = field(default_factory=list)
     escapes: dict[int, str] = field(default_factory=dict)
     """Slots that outlived the unit, with the state of their autograd history: none, freed or live."""
-    uses_random: bool = False
+    first_random: int | None = None
+    """The index of the first event that draws random numbers from PyTorch's generators."""
     makes_state: bool = False
     """Whether an optimizer made its state in this unit, so that the next step will do something else."""
     refusal: Refusal | None = None

@@ -348,6 +348,8 @@ def _references(event: Event) -> list[Any]:
 
 def _switches() -> tuple[Any, ...]:
     return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
         torch.backends.cuda.matmul.allow_tf32,
@@ -373,7 +375,7 @@ def equal_templates(left: Any, right: Any) -> bool:
         return left.keys() == right.keys() and all(equal_templates(left[key], right[key]) for key in left)
     if isinstance(left, slice):
         return equal_templates((left.start, left.stop, left.step), (right.start, right.stop, right.step))
-    if isinstance(left, float):
+    if isinstance(left, float | complex):
         return str(left) == str(right)  # tells 0.0 from -0.0, and nan is nan
     if left is right:
         return True

@@ -179,7 +179,7 @@ class _Builder:
             fetches=self.fetches,
             escapes=escapes,
             views=views,
-            uses_random=trace.uses_random,
+            uses_random=trace.first_random is not None,
             call_count=len(trace.events),
         )
 

@@ -155,6 +155,11 @@ def writes_of(node: Node) -> tuple[Value, ...]:
     return tuple(written)
 
 
+def is_optimizer_kernel(node: Node) -> bool:
+    """Whether a call is the fused update of an optimizer."""
+    return getattr(node.target, "__name__", "").startswith("_fused_")
+
+
 def written_roots(segment: Segment, views: dict[Value, Node]) -> set[Value]:
     """Return the values of other bodies whose memory a segment changes."""
     made = view_nodes(segment.graph.nodes) | views

@@ -49,6 +49,7 @@ class PathState:
     best_executable: Any = None
     samples: list[float] = field(default_factory=list[float])
     on_trial: str | None = None
+    has_ordered: bool = False
     orders: list[Future[Any]] = field(default_factory=list[Future[Any]])
 
 
@@ -75,6 +76,7 @@ class Builder:
         path.executable = None
         state.orders.clear()
         state.on_trial = None
+        state.has_ordered = False
         state.best, state.best_executable = "eager", None
         if state.rebuilds > MAX_REBUILDS:
             self._block(path, "argument_changes", "the graph of this path had to be built again and again")
@@ -98,9 +100,11 @@ class Builder:
     def poll(self, path: Path, accelerator: bool) -> None:
         """Swap in tier 2 if its kernels have arrived. Called between two units."""
         state = self._states.get(path)
-        if state is None or not state.orders or state.on_trial is not None:
+        if state is None or state.on_trial is not None or path.blocked or path.stale:
             return
-        if not all(order.done() for order in state.orders):
+        if not state.has_ordered and self._wants_kernels():
+            self._order(path, state, accelerator)
+        if not state.orders or not all(order.done() for order in state.orders):
             return
         orders, state.orders = state.orders, []
         failure = next((order.exception() for order in orders if order.exception() is not None), None)
@@ -159,7 +163,7 @@ class Builder:
                 f"dropped {name}: {measured * 1e3:.3f} ms a unit, {state.best} takes {reference * 1e3:.3f} ms"
             )
             path.executable = state.best_executable
-            if path.executable is None and not state.orders:
+            if path.executable is None and not state.orders and (state.has_ordered or not self._wants_kernels()):
                 self._block(path, "not_faster", f"{name} is not faster than eager execution")
 
     # ---- tiers -------------------------------------------------------------------------------------------
@@ -171,9 +175,12 @@ class Builder:
         backend = self.options.backend
         if backend != "inductor":
             self._install(path, state, ReplayExecutable(path.program), accelerator)
-        wants_kernels = backend == "inductor" or (backend == "auto" and not self._is_exact())
-        if wants_kernels:
+        if backend == "inductor" or (self._wants_kernels() and not self.options.background):
             self._order(path, state, accelerator)
+
+    def _wants_kernels(self) -> bool:
+        backend = self.options.backend
+        return backend == "inductor" or (backend == "auto" and not self._is_exact())
 
     def _install(self, path: Path, state: PathState, inner: Executable, accelerator: bool) -> None:
         executable = inner
@@ -215,6 +222,8 @@ class Builder:
         return executable
 
     def _order(self, path: Path, state: PathState, accelerator: bool) -> None:
+        """Have the kernels of a path compiled. Not while a tier is on trial: compiling would be measured with it."""
+        state.has_ordered = True
         if not accelerator and not has_cpp_compiler():
             if not self._compiler_missing_said:
                 self._compiler_missing_said = True

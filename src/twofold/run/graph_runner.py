@@ -8,14 +8,14 @@ the random generators too. On CUDA a launch returns at once: Python walks the ne
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from twofold.backends.executable import Environment, Executable
 from twofold.convert.from_traces import OptimizerPlan, Program
-from twofold.convert.segments import root_of, written_roots
+from twofold.convert.segments import Segment, is_optimizer_kernel, root_of, written_roots
 from twofold.graph import Node, Value, run_node
 
 
@@ -28,6 +28,8 @@ class Installed:
     statics: Environment = field(init=False)
     pointers: list[tuple[torch.Tensor, int]] = field(init=False)
     written: list[list[Value]] = field(init=False)
+    written_early: list[Value] = field(init=False)
+    """What the last segment writes before its optimizer kernels, by which time nothing can fail any more."""
 
     def __post_init__(self) -> None:
         program = self.program
@@ -37,6 +39,11 @@ class Installed:
             [value for value in written_roots(segment, program.views) if value in program.statics]
             for segment in program.segments
         ]
+        last = program.segments[-1]
+        nodes = tuple(node for node in last.graph.nodes if not is_optimizer_kernel(node))
+        early = written_roots(Segment(replace(last.graph, nodes=nodes)), program.views)
+        # A CUDA graph that was captured does not fail at launch.
+        self.written_early = [] if self.executable.reuses_outputs else [v for v in early if v in program.statics]
 
     def save_written(self) -> Callable[[], None]:
         """Copy all that a unit writes to and that outlives it; return how to put it back."""
@@ -105,18 +112,18 @@ class GraphRunner:
         program = self.program
         while self.launched < count:
             index = self.launched
-            if index < len(program.segments) - 1 or self._saved:
-                self._save(index)
+            is_last = index == len(program.segments) - 1
+            self._save(self.installed.written_early if is_last and not self._saved else self.installed.written[index])
             for value, number in program.feeds.items():
                 if number in self._feeds:
                     self.environment[value] = self._feeds[number]
             self.launched += 1
             self.installed.executable.launch(index, self.environment)
 
-    def _save(self, index: int) -> None:
+    def _save(self, written: list[Value]) -> None:
         if self._random is None and self.program.uses_random:
             self._random = RandomState.take()
-        for value in self.installed.written[index]:
+        for value in written:
             if value not in self._saved:
                 self._saved[value] = self.environment[value].clone()
 

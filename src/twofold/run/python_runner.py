@@ -231,7 +231,8 @@ class PythonRunner:
         """Library code runs unheard: random numbers must be drawn in eager's order; see `Listener`."""
         if self._node is not None and self._node.parent is not None:
             path = self._node.latest
-            if path is None or path.trace.uses_random:
+            first = None if path is None else path.trace.first_random
+            if path is None or (first is not None and first <= self._node.depth):
                 self.leave("new_path", "the random state was read, set or drawn from in the middle of a unit")
         if self._recorder is not None:
             self._recorder.random_state_changes()

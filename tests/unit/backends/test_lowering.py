@@ -223,10 +223,7 @@ def test_kernels_of_optimizers_stay_out_of_the_compiled_pieces():
     program = program_of(lambda: net.step(batch), exact=False)
     ((first, last),) = split_pieces(program)
     assert not any(is_left_alone(node) for node in first.nodes)
-    assert [str(node.target).split(" ")[-1].rstrip(">") for node in last.nodes] == [
-        "aten._foreach_add_.Scalar",
-        "_fused_adam_",
-    ] or all(is_left_alone(node) for node in last.nodes)
+    assert all(is_left_alone(node) for node in last.nodes)
     assert len(last.nodes) == 2
     texts = piece_texts(program)
     assert len(texts) == 1
@@ -236,16 +233,11 @@ def test_kernels_of_optimizers_stay_out_of_the_compiled_pieces():
     assert "#" not in text
 
 
-def test_equal_pieces_have_one_key():
-    def step() -> torch.Tensor:
-        x = torch.ones(3)
-        for _ in range(3):
-            x.exp_().sum().item()
-        return x
-
-    program = program_of(step)
-    texts = [piece_key(show(piece)) for pieces in split_pieces(program) for piece in pieces]
-    assert len(texts) > len(piece_texts(program)) or len(set(texts)) == len(texts)
+def test_a_program_built_again_has_the_same_keys():
+    x = torch.ones(3)
+    keys = [list(piece_texts(program_of(lambda: x.exp() + 1))) for _ in range(2)]
+    assert keys[0] == keys[1]
+    assert keys[0] != list(piece_texts(program_of(lambda: x.exp() + 2)))
 
 
 def test_long_runs_are_cut(monkeypatch: pytest.MonkeyPatch):

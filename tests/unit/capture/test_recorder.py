@@ -29,7 +29,7 @@ def test_a_training_step_is_recorded_in_two_layers():
         ["add_.Tensor"],
     ]
     assert trace.refusal is None
-    assert not trace.uses_random
+    assert trace.first_random is None
     assert not trace.makes_state
 
 
@@ -110,7 +110,7 @@ def test_fetches_metadata_and_host_data():
 
 
 def test_random_numbers_and_new_state_are_noted():
-    assert record(lambda: torch.rand(2)).uses_random
+    assert record(lambda: torch.rand(2)).first_random == 0
     net = Linear(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
     batch = torch.ones(4, 3)
     assert record(lambda: net.step(batch)).makes_state
@@ -207,6 +207,7 @@ def _step_with_hook() -> None:
 
 def _seed_in_the_middle() -> None:
     X + 1
+    torch.rand(2)
     torch.manual_seed(0)
 
 
