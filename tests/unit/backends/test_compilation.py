@@ -105,7 +105,7 @@ def test_equal_pieces_are_compiled_once(compiler: Compiler, monkeypatch: pytest.
 
 def test_a_missing_compiler_is_said_once(compiler: Compiler, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(builder_module, "has_cpp_compiler", lambda: False)
-    path, builder, account = prepared(Options())
+    path, builder, account = prepared(Options(background=False))
     assert path.executable.executable.backend == "replay"
     x = torch.ones(3)
     builder.prepare(recorded_path(lambda: x.sin() + 1), accelerator=False)
