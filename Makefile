@@ -16,7 +16,7 @@ demo: .venv/stamp
 test: .venv/stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --project pyproject.toml
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2
 

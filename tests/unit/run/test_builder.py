@@ -198,7 +198,7 @@ def test_a_path_whose_optimizer_makes_its_state_waits():
 
 def test_too_large_a_unit_is_not_compiled(orders: Orders, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(builder_module, "MAX_COMPILED_NODES", 1)
-    builder, path = make_builder(numerics="fused"), make_path()
+    builder, path = make_builder(numerics="fused", background=False), make_path()
     builder.prepare(path, accelerator=False)
     assert [code for code, _, _ in builder.account.fallbacks] == ["too_large"]
     assert builder.orders() == []
