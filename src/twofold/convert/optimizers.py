@@ -71,7 +71,7 @@ def lower_step(
         parameters = [p for p in group["params"] if id(p) in gradients]
         if not parameters:
             continue
-        states = [optimizer.state[p] for p in parameters]
+        states = [optimizer.state.get(p, {}) for p in parameters]  # reading a missing key would make it
         if not _is_plain(group, parameters) or any(not _has_state(group, state, type(optimizer)) for state in states):
             return None
         rate = setting(Setting(optimizer, index, "lr"))

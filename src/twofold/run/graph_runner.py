@@ -188,7 +188,7 @@ def _saved_step(plan: OptimizerPlan) -> Callable[[], None]:
     """Copy what a step of an optimizer writes to; return how to put it back."""
     stepped = [parameter for parameter, has_gradient in plan.stepped if has_gradient]
     gradients = [(parameter, parameter.grad) for parameter, _ in plan.stepped]
-    states = [plan.optimizer.state[parameter] for parameter in stepped]
+    states = [plan.optimizer.state.get(parameter, {}) for parameter in stepped]
     written = [*stepped, *(t for state in states for t in state.values() if isinstance(t, torch.Tensor))]
     copies = [(tensor, tensor.detach().clone()) for tensor in written]
     numbers = [dict(state) for state in states]
