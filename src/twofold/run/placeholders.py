@@ -97,9 +97,9 @@ def _reference_counts(tensors: list[torch.Tensor]) -> list[int]:
 
 def _calibrate() -> int:
     held = torch.empty(0)
-    known: Placeholders = {0: (held, Made(TensorSpec.of(held), True, None))}
-    listed = [held]
-    return _reference_counts(listed)[0] + 0 * len(known)
+    known: Placeholders = {id(held): (held, Made(TensorSpec.of(held), True, None))}
+    listed = [known[id(held)][0]]
+    return _reference_counts(listed)[0]
 
 
 UNKNOWN_TO_PYTHON = _calibrate()
