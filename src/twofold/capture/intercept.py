@@ -30,6 +30,8 @@ from torch.utils.data import dataloader
 
 from twofold.graph import Origin
 
+from .leaf_modules import leaf_call
+
 NO_KEYWORDS: dict[str, Any] = {}
 
 
@@ -112,6 +114,7 @@ class Interception:
         self._operations.__enter__()
         self._functions.__enter__()
         _current.listener = self._listener
+        _current.mode = self._functions
         self.active = True
 
     def stop(self) -> bool:
@@ -269,6 +272,59 @@ def _announce_zero_grad(owner_class: Any) -> None:
     owner_class.zero_grad = zero_grad
 
 
+_is_mode_enabled = torch._C._is_torch_function_mode_enabled
+_mode_count = torch._C._len_torch_function_stack
+_mode_at = torch._C._get_function_stack_at
+_pop_mode = torch._C._pop_torch_function_stack
+_push_mode = torch._C._push_on_torch_function_stack
+
+
+def _hears_first() -> bool:
+    """Whether this thread's listener is the first mode to be asked: none of the program's own is above it."""
+    return _is_mode_enabled() and _mode_at(_mode_count() - 1) is _current.mode
+
+
+def _ask(listener: Listener, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Have the listener, whose mode is on top, answer a call as PyTorch would: modes beneath stay on."""
+    mode = _pop_mode()
+    try:
+        return listener.call(function, arguments, keywords)
+    finally:
+        _push_mode(mode)
+
+
+def _call_leaf_modules_at_once() -> None:
+    original = torch.nn.Module.__call__
+
+    @functools.wraps(original)
+    def __call__(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        listener = _current.listener
+        if listener is None or (leaf := leaf_call(self)) is None or not _hears_first():
+            return original(self, *arguments, **keywords)
+        return _ask(listener, leaf[0], leaf[1] + arguments, keywords)
+
+    torch.nn.Module.__call__ = __call__
+    # torch.compile takes a fast path for modules whose call it knows; it may have been imported before.
+    for name in ("torch._dynamo.utils", "torch._dynamo.variables.nn_module"):
+        if name in sys.modules:
+            sys.modules[name].unpatched_nn_module_call = __call__  # type: ignore[attr-defined]
+
+
+def _shorten_python_functions() -> None:
+    """Have PyTorch's functions that are written in Python reach the listener directly, in 1 µs instead of 5."""
+    original = torch.overrides.handle_torch_function
+
+    @functools.wraps(original)
+    def handle_torch_function(public_api: Any, relevant_args: Any, *arguments: Any, **keywords: Any) -> Any:
+        listener = _current.listener
+        if listener is None or not _hears_first():
+            return original(public_api, relevant_args, *arguments, **keywords)
+        return _ask(listener, public_api, arguments, keywords)
+
+    for name in ("torch.overrides", "torch.functional", "torch.nn.functional", "torch._tensor"):
+        sys.modules[name].handle_torch_function = handle_torch_function  # type: ignore[attr-defined]
+
+
 def _pause_in(owner: Any, name: str) -> None:
     original = getattr(owner, name)
 
@@ -292,6 +348,8 @@ def install_patches() -> None:
     _announce_custom_functions()
     _announce_foreign_code()
     _announce_random_state()
+    _call_leaf_modules_at_once()
+    _shorten_python_functions()
     _pause_in(dataloader.DataLoader, "__iter__")
     _pause_in(dataloader._BaseDataLoaderIter, "__next__")
 

@@ -20,11 +20,11 @@ import torch
 
 from twofold.graph import Origin, TensorSpec
 
-from .recorder import PLAIN_TENSORS
+from .recorder import PLAIN_TENSORS, current_ambient
 from .trace import Event, External, Made, Slot, Trace, leaves
 
 Bound = dict[int, torch.Tensor]
-Match = Callable[[tuple[Any, ...], dict[str, Any], list[torch.Tensor], Bound], bool]
+Match = Callable[[Any, tuple[Any, ...], dict[str, Any], list[torch.Tensor], Bound], bool]
 
 MAX_SITE_VARIANTS = 3
 """So many different constants at one line, in one place of the graph, and Python keeps making that call."""
@@ -99,20 +99,16 @@ class PathNode:
     """One event in the merged graph. Mutable: forks grow, roles relax, the skeleton caches placeholders here."""
 
     __slots__ = (
-        "ambient",
+        "answers_at_once",
         "children",
         "depth",
         "end",
         "event",
         "fed",
         "first_external",
-        "function",
-        "grad",
-        "has_autocast",
         "idle_until",
         "kind",
         "latest",
-        "makes_one",
         "match",
         "parent",
         "placeholders",
@@ -134,13 +130,10 @@ class PathNode:
         self.idle_until = 0
         """Of a root: the iteration from which units are looked at again."""
         self.placeholders: list[torch.Tensor | None] = []
+        self.answers_at_once = False
+        """Whether to return its one placeholder is all there is to do."""
         if event is not None:
-            self.function = event.function
-            self.grad = event.ambient.grad
             self.kind = event.kind
-            self.ambient = event.ambient
-            self.makes_one = event.outcome == Slot(event.first_slot) and len(event.made) == 1
-            self.has_autocast = bool(event.ambient.autocast)
             self.placeholders = [None] * len(event.made)
             self.compile_match()
 
@@ -149,6 +142,10 @@ class PathNode:
         assert self.event is not None
         self.match: Match = build_match(self.event, self.role_of)
         self.fed = tuple(self.first_external + i for i, role in enumerate(self.roles) if role.tensor is None)
+        event = self.event
+        self.answers_at_once = (
+            event.kind == "call" and not self.fed and len(event.made) == 1 and event.outcome == Slot(event.first_slot)
+        )
 
     def role_of(self, index: int) -> tuple[Role, bool]:
         """Return the role of an external, and whether it is first used here."""
@@ -453,32 +450,41 @@ def _bind(bound: Bound, index: int, tensor: Any, role: Role) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _compile_match(condition: str, names: int) -> Callable[..., Match]:
     parameters = ", ".join(f"c{index}" for index in range(names))
-    source = f"def make({parameters}):\n def match(A, K, S, X):\n  return {condition}\n return match\n"
-    scope: dict[str, Any] = {"E": equal_templates, "B": _bind, "L": leaves, "V": torch.Tensor}
+    source = f"def make({parameters}):\n def match(F, A, K, S, X):\n  return {condition}\n return match\n"
+    scope: dict[str, Any] = {
+        "E": equal_templates, "B": _bind, "L": leaves, "V": torch.Tensor,
+        "G": torch.is_grad_enabled, "C": torch._C._is_any_autocast_enabled, "M": current_ambient,  # type: ignore[attr-defined]
+    }  # fmt: skip
     exec(source, scope)
     return scope["make"]
 
 
 def build_match(event: Event, role_of: Callable[[int], tuple[Role, bool]]) -> Match:
-    """Compile the check of a call's arguments against an event.
+    """Compile the check of a call against an event.
 
-    It takes positional and keyword arguments, the placeholders of the unit by slot, and the feeds bound so far, to
-    which it adds those first used here. A fetch is run for real, so only its tensors are checked. Events of equal
-    structure share code.
+    It takes the function, positional and keyword arguments, the placeholders of the unit by slot, and the feeds bound
+    so far, to which it adds those first used here. A fetch is run for real, so only its tensors are checked. Events of
+    equal structure share code.
     """
-    emitter = _Emitter(role_of)
     if event.kind == "optimizer":
-        return lambda _arguments, _keywords, _slots, _bound: True
+        return lambda _function, _arguments, _keywords, _slots, _bound: False
+    emitter = _Emitter(role_of)
+    known = emitter.constant(event.function)
+    emitter.terms.append(f"(F is {known} or F == {known})")
     if event.kind == "fetch":
+        emitter.terms.append(f"len(T := L((A, K), V)) == {len(event.arguments)}")
         for index, reference in enumerate(event.arguments):
             emitter.emit(reference, f"T[{index}]")
-        condition = " and ".join((f"len(T := L((A, K), V)) == {len(event.arguments)}", *emitter.terms))
-        return _compile_match(condition, len(emitter.constants))(*emitter.constants)
-    emitter.terms.append(f"len(A) == {len(event.arguments)} and len(K) == {len(event.keywords)}")
-    for index, item in enumerate(event.arguments):
-        emitter.emit(item, f"A[{index}]")
-    for key, item in event.keywords.items():
-        emitter.terms.append(f"{key!r} in K")
-        emitter.emit(item, f"K[{key!r}]")
+    else:
+        emitter.terms.append(f"len(A) == {len(event.arguments)}")
+        emitter.terms.append(f"len(K) == {len(event.keywords)}" if event.keywords else "not K")
+        for index, item in enumerate(event.arguments):
+            emitter.emit(item, f"A[{index}]")
+        for key, item in event.keywords.items():
+            emitter.terms.append(f"{key!r} in K")
+            emitter.emit(item, f"K[{key!r}]")
+    ambient = event.ambient
+    emitter.terms.append(f"G() is {ambient.grad}")
+    emitter.terms.append(f"C() and M() == {emitter.constant(ambient)}" if ambient.autocast else "not C()")
     condition = " and ".join(emitter.terms)
     return _compile_match(condition, len(emitter.constants))(*emitter.constants)

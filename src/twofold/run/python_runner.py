@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer
 
 from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, display_name
 from twofold.capture.intercept import unheard, user_origin
-from twofold.capture.recorder import Recorder, current_ambient, has_step_hooks
+from twofold.capture.recorder import Recorder, has_step_hooks
 from twofold.capture.trace import External, Slot, Trace, leaves, map_leaves
 from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
 from twofold.errors import InternalError
@@ -30,8 +30,6 @@ from .graph_runner import GraphRunner, Installed, feed_copy
 from .placeholders import escaped, fill_placeholder, make_placeholder, recycle, with_freed_history
 
 _TENSOR = torch.Tensor
-_is_grad_enabled = torch.is_grad_enabled
-_is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # type: ignore[attr-defined]
 
 
 class UnitEnd(Protocol):
@@ -126,32 +124,23 @@ class PythonRunner:
             if self._recorder is not None:
                 return self._recorder.call(function, arguments, keywords)
             return function(*arguments, **keywords)
+        slots = self._slots
         for child in node.children:
-            if (
-                (function is child.function or function == child.function)
-                and child.kind != "optimizer"
-                and child.match(arguments, keywords, self._slots, self._feeds)
-                and _is_grad_enabled() is child.grad
-                and _is_any_autocast_enabled() is child.has_autocast
-                and (not child.has_autocast or current_ambient() == child.ambient)
-            ):
+            if child.match(function, arguments, keywords, slots, self._feeds):
+                self._node = child
+                if child.answers_at_once and (placeholder := child.placeholders[0]) is not None:
+                    slots.append(placeholder)
+                    return placeholder
                 return self._advance(child, function, arguments, keywords)
         return self._unexpected(function, arguments, keywords)
 
     def _advance(self, node: PathNode, function: Any, arguments: Any, keywords: Any) -> Any:
-        self._node = node
         event: Any = node.event
         if node.fed:
             self._copy_feeds(node)
         if node.kind == "fetch":
             return self._fetch(node, function, arguments, keywords)
         slots = self._slots
-        if node.makes_one:
-            placeholder = node.placeholders[0]
-            if placeholder is None:
-                placeholder = node.placeholders[0] = make_placeholder(event.made[0], self._placeholders)
-            slots.append(placeholder)
-            return placeholder
         for index, placeholder in enumerate(node.placeholders):
             if placeholder is None:
                 placeholder = node.placeholders[index] = make_placeholder(event.made[index], self._placeholders)
@@ -245,8 +234,7 @@ class PythonRunner:
                 if (
                     event is not None
                     and event.kind == "zero_grad"
-                    and event.function is original
-                    and child.match((owner, *arguments), keywords, self._slots, self._feeds)
+                    and child.match(original, (owner, *arguments), keywords, self._slots, self._feeds)
                 ):
                     self._node = child
                     return

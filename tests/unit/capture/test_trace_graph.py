@@ -171,7 +171,24 @@ def last_node(program: Callable[[], Any], *others: Callable[[], Any]) -> PathNod
 
 
 def accepts(node: PathNode, *arguments: Any, slots: Any = (), bound: Bound | None = None, **keywords: Any) -> bool:
-    return bool(node.match(arguments, keywords, list(slots), {} if bound is None else bound))
+    assert node.event is not None
+    return bool(node.match(node.event.function, arguments, keywords, list(slots), {} if bound is None else bound))
+
+
+def test_match_of_function_and_modes():
+    x = torch.ones(2)
+    node = last_node(lambda: torch.exp(x))
+    assert node.match(torch.exp, (x,), {}, [], {})
+    assert not node.match(torch.log, (x,), {}, [], {})
+    with torch.no_grad():
+        assert not node.match(torch.exp, (x,), {}, [], {})
+    with torch.autocast("cpu"):
+        assert not node.match(torch.exp, (x,), {}, [], {})
+        cast = last_node(lambda: torch.exp(x))
+        assert cast.match(torch.exp, (x,), {}, [], {})
+    assert not cast.match(torch.exp, (x,), {}, [], {})
+    with torch.autocast("cpu", torch.float16):
+        assert not cast.match(torch.exp, (x,), {}, [], {})
 
 
 def test_match_of_constants():

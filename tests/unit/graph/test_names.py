@@ -38,7 +38,7 @@ def test_every_function_that_torch_lets_override_has_a_name():
         (torch.ops.aten.add, "torch.ops.aten.add"),
         (operator.getitem, "operator.getitem"),
         (operator.iadd, "operator.iadd"),
-        (torch.optim.Optimizer.zero_grad, "torch.optim.optimizer:Optimizer.zero_grad"),
+        (torch.optim.Optimizer.state_dict, "torch.optim.optimizer:Optimizer.state_dict"),
         (functools.reduce, "_functools:reduce"),
     ],
 )
