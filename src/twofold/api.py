@@ -100,7 +100,7 @@ class _Driver:
         self.builder.poll(path, self.graph.has_accelerator)
         if path.stale or (path.seen < self.options.warm_up and path.executable is None):
             return Mode.RECORD
-        if path.executable is None or self.builder.wants_eager_samples():
+        if path.executable is None or self.builder.runs_eagerly_next(path):
             return Mode.IDLE
         return Mode.FOLLOW
 

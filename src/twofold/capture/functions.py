@@ -76,6 +76,9 @@ VALUE_READS: Final[frozenset[Any]] = frozenset(
 )
 """Make Python objects from a tensor's contents: the tensors they return are new and none of the unit's."""
 
+NUMBER_READS: Final[frozenset[Any]] = frozenset(_members("item tolist __bool__ __int__ __float__ __index__"))
+"""Make Python numbers from a tensor, the same wherever the tensor lives."""
+
 MEMORY_READS: Final[frozenset[Any]] = frozenset(
     _members("data_ptr untyped_storage storage _typed_storage __dlpack__ share_memory_ const_data_ptr")
     | {dlpack.to_dlpack}

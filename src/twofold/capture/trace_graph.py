@@ -114,6 +114,7 @@ class PathNode:
         "placeholders",
         "refusals",
         "roles",
+        "streak",
     )
 
     def __init__(self, event: Event | None, parent: PathNode | None, roles: list[Role], first: int) -> None:
@@ -129,6 +130,8 @@ class PathNode:
         """Of a root: units in a row that began here and could not be recorded."""
         self.idle_until = 0
         """Of a root: the iteration from which units are looked at again."""
+        self.streak = 0
+        """Of a fetch: units in a row that went on from here as predicted."""
         self.placeholders: list[torch.Tensor | None] = []
         self.answers_at_once = False
         """Whether to return its one placeholder is all there is to do."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer
 
+from twofold.capture.functions import NUMBER_READS
 from twofold.capture.recorder import memory_key, parameters_of
 from twofold.capture.trace import Event, External, Number, Operation, Slot, Trace, leaves, map_leaves
 from twofold.capture.trace_graph import Path
@@ -115,15 +116,16 @@ class Program:
     """The values that Python needs at each fetch, by index of the event, in order of the call's tensors.
 
     An optimizer that steps outside is a fetch of its gradients, in order of the parameters that have one."""
+    number_reads: frozenset[int]
+    """The fetches that make Python numbers of one tensor, and so can be answered from a copy of it."""
     escapes: dict[int, Value]
     """Slots that may outlive the unit."""
     views: dict[Value, Node]
     uses_random: bool
     call_count: int
-
-    def position(self, event: int) -> int:
-        """Return how many segments must have run before the fetch at an event can be answered."""
-        return sum(index <= event for index in self.fetches)
+    positions: dict[int, int]
+    """How many segments must have run before the fetch at an event can be answered."""
+    on_accelerator: bool
 
 
 def build_program(path: Path, exact: bool, volatile: Collection[Optimizer] = ()) -> Program:
@@ -168,19 +170,24 @@ class _Builder:
         finals = [plan.exit for plan in gradients if plan.exit is not None] + list(escapes.values())
         graph = self._finish_graph(finals)
         views = view_nodes(graph.nodes)
+        on_device = any(spec.device.type == "cuda" for spec in trace.specs)
+        cuts = cut(graph, views, set(self._used_finals(finals)), self._late_feeds() if on_device else None)
         return Program(
             graph=graph,
-            segments=cut(graph, views, set(self._used_finals(finals))),
+            segments=cuts.segments,
             statics=self.statics,
             feeds=self.feeds,
             settings=self.settings,
             gradients=gradients,
             optimizers=self.optimizers,
             fetches=self.fetches,
+            number_reads=frozenset(i for i in self.fetches if trace.events[i].function in NUMBER_READS),
             escapes=escapes,
             views=views,
             uses_random=trace.first_random is not None,
             call_count=len(trace.events),
+            on_accelerator=on_device,
+            positions=dict(zip(self.fetches, cuts.positions, strict=True)),
         )
 
     # ---- inputs ------------------------------------------------------------------------------------------
@@ -336,6 +343,11 @@ class _Builder:
                 exit_value = self._value(gradient.exit)
             plans.append(GradientPlan(gradient.leaf, gradient.entry is not None, entry, exit_value, keeps))
         return tuple(plans)
+
+    def _late_feeds(self) -> list[set[Value]]:
+        """Return, for each fetch, the feeds that Python first uses after it."""
+        uses = {n.first_external + i: n.depth for n in self.path.nodes for i in range(len(n.roles))}
+        return [{value for value, index in self.feeds.items() if uses[index] > event} for event in self.fetches]
 
     def _used_finals(self, finals: Sequence[Value]) -> Sequence[Value]:
         return [value for value in finals if value not in self.statics and value not in self.feeds]

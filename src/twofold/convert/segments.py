@@ -6,6 +6,7 @@ never gets two inputs that alias each other unless the unit itself did.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -48,19 +49,64 @@ def root_of(value: Value, views: dict[Value, Node]) -> Value:
     return value
 
 
-def cut(graph: Graph, views: dict[Value, Node], finals: Collection[Value]) -> tuple[Segment, ...]:
-    """Cut a unit's graph after each fetch. `views` loses the views that a segment hands out by themselves."""
+MAX_UNDONE_BYTES = 64 * 1024
+"""The largest memory that a segment launched ahead of Python may write to: it is copied before, to be put back."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cuts:
+    """A unit's graph in segments. `positions`: for each fetch in order, how many segments run before it."""
+
+    segments: tuple[Segment, ...]
+    positions: tuple[int, ...]
+
+
+def cut(
+    graph: Graph, views: dict[Value, Node], finals: Collection[Value], late: Sequence[Collection[Value]] | None = None
+) -> Cuts:
+    """Cut a unit's graph after each fetch. `views` loses the views that a segment hands out by themselves.
+
+    `late`: for each fetch in order, the feeds that Python gives only after it. If given, what follows a fetch is cut
+    once more: before the first node that reads such a feed or writes to much memory that outlives the unit. The
+    first part can be launched while Python still looks at the fetched value.
+    """
     runs: list[list[Node]] = [[]]
     needed: list[set[Value]] = [set()]
+    positions: list[int] = []
+    goes_ahead = False
+    lasting = set(graph.inputs)
+
+    def begin_run() -> None:
+        runs.append([])
+        needed.append(set())
+
     for node in graph.nodes:
         if node.op == "fetch":
             needed[-1].update(node.operands)
-            runs.append([])
-            needed.append(set())
+            positions.append(len(runs))
+            begin_run()
+            goes_ahead = late is not None
         elif node.op == "call":
+            if goes_ahead and late is not None and _must_wait(node, views, late[len(positions) - 1], lasting):
+                goes_ahead = False
+                if runs[-1]:
+                    begin_run()
             runs[-1].append(node)
     bodies = carve(runs, needed, views, finals, "segment")
-    return tuple(Segment(body) for body in bodies)
+    return Cuts(tuple(Segment(body) for body in bodies), tuple(positions))
+
+
+def _must_wait(node: Node, views: dict[Value, Node], late: Collection[Value], lasting: Collection[Value]) -> bool:
+    if any(root_of(value, views) in late for value in node.operands):
+        return True
+    written = [root_of(value, views) for value in writes_of(node)]
+    return any(root in lasting and bytes_of(root) > MAX_UNDONE_BYTES for root in written)
+
+
+def bytes_of(value: Value) -> int:
+    """Return the memory that a value of known size takes; 0 for what is no tensor."""
+    spec = value.spec
+    return 0 if spec is None else math.prod(n for n in spec.shape if n is not None) * spec.dtype.itemsize
 
 
 def carve(

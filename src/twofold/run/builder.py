@@ -33,6 +33,8 @@ from .graph_runner import Installed, RandomState, example_environment
 SAMPLES = 7
 """Units timed before a tier is judged; the first two are warm-up."""
 WARM_UP_SAMPLES = 2
+MAX_REFERENCE_AGE = 1.0
+"""Seconds after which times of eager units say nothing about now: other work on the machine comes and goes."""
 MAX_REBUILDS = 8
 """A path whose graph had to be rebuilt so often depends on something that changes all the time."""
 MAX_COMPILED_NODES = 6_000
@@ -45,10 +47,13 @@ class PathState:
 
     rebuilds: int = 0
     best: str = "eager"
-    best_seconds: float | None = None
     best_executable: Any = None
-    samples: list[float] = field(default_factory=list[float])
     on_trial: str | None = None
+    trial_executable: Any = None
+    samples: list[float] = field(default_factory=list[float])
+    """Seconds of the units that ran on the tier on trial."""
+    references: list[float] = field(default_factory=list[float])
+    """Seconds of the units that ran on the best tier so far, taken in turns with those on trial."""
     has_ordered: bool = False
     orders: list[Future[Any]] = field(default_factory=list[Future[Any]])
 
@@ -60,7 +65,8 @@ class Builder:
         self.options = options
         self.account = account
         self._states: dict[Path, PathState] = {}
-        self._eager_rates: deque[float] = deque(maxlen=20)
+        self._eager_rates: deque[float] = deque(maxlen=SAMPLES)
+        self._eager_timed_at = 0.0
         self._compiler_missing_said = False
         self._ordered: set[str] = set()
 
@@ -127,44 +133,64 @@ class Builder:
 
     # ---- measuring ---------------------------------------------------------------------------------------
 
-    def wants_eager_samples(self) -> bool:
-        """Whether eager execution must be timed before a graph can be judged."""
-        return self.options.backend == "auto" and len(self._eager_rates) < SAMPLES - WARM_UP_SAMPLES
-
     def is_timing(self, path: Path | None) -> bool:
         """Whether the next unit's time counts, so that the device must be idle at both ends."""
         state = None if path is None else self._states.get(path)
-        return self.wants_eager_samples() or (state is not None and state.on_trial is not None)
+        return state is not None and state.on_trial is not None
+
+    def runs_eagerly_next(self, path: Path) -> bool:
+        """Choose for the next unit of a path on trial: the tier on trial, or what it is compared with.
+
+        They take turns, so that whatever else the machine does slows both alike.
+        """
+        state = self._states.get(path)
+        if state is None or state.on_trial is None:
+            return False
+        if state.best == "eager":
+            return len(state.samples) > len(self._eager_rates)
+        is_reference = len(state.samples) > len(state.references)
+        path.executable = state.best_executable if is_reference else state.trial_executable
+        return False
 
     def note_eager(self, path: Path, seconds: float) -> None:
         """Take the time of a unit that ran eagerly and unseen, and probably took this path."""
         self._eager_rates.append(seconds / max(path.call_count, 1))
+        self._eager_timed_at = time.perf_counter()
+        state = self._states.get(path)
+        if state is not None and state.on_trial is not None:
+            self._judge(path, state)
 
     def note_graph(self, path: Path, seconds: float) -> None:
-        """Take the time of a unit that ran as a graph, and judge the tier on trial when there are enough."""
+        """Take the time of a unit that ran as a graph."""
         state = self._states[path]
-        if state.on_trial is None:
-            return
-        state.samples.append(seconds)
-        if len(state.samples) < SAMPLES:
+        if state.on_trial is not None:
+            is_reference = path.executable is not state.trial_executable
+            (state.references if is_reference else state.samples).append(seconds)
+            self._judge(path, state)
+
+    def _judge(self, path: Path, state: PathState) -> None:
+        """Keep the tier on trial or drop it, once there are enough times of both."""
+        is_first = state.best == "eager"
+        if len(state.samples) < SAMPLES or len(self._eager_rates if is_first else state.references) < SAMPLES:
             return
         measured = statistics.median(state.samples[WARM_UP_SAMPLES:])
-        name, state.on_trial, state.samples = state.on_trial, None, []
-        reference = state.best_seconds
-        if state.best == "eager" and self._eager_rates:
+        if is_first:
             reference = statistics.median(self._eager_rates) * path.call_count
-        if reference is None or measured < reference:
-            state.best, state.best_seconds, state.best_executable = name, measured, path.executable
-            self.account.backend = name
-            against = "" if reference is None else f", {reference * 1e3:.3f} ms before"
-            self.account.decision(f"kept {name}: {measured * 1e3:.3f} ms a unit{against}")
+        else:
+            reference = statistics.median(state.references[WARM_UP_SAMPLES:])
+        name, state.on_trial = state.on_trial, None
+        if measured < reference:
+            self.account.decision(f"kept {name}: {measured * 1e3:.3f} ms a unit, {state.best} {reference * 1e3:.3f} ms")
+            state.best, state.best_executable = str(name), state.trial_executable
+            self.account.backend = state.best
         else:
             self.account.decision(
-                f"dropped {name}: {measured * 1e3:.3f} ms a unit, {state.best} takes {reference * 1e3:.3f} ms"
+                f"dropped {name}: {measured * 1e3:.3f} ms a unit, {state.best} {reference * 1e3:.3f} ms"
             )
-            path.executable = state.best_executable
-            if path.executable is None and not state.orders and (state.has_ordered or not self._wants_kernels()):
-                self._block(path, "not_faster", f"{name} is not faster than eager execution")
+        path.executable = state.best_executable
+        state.trial_executable = None
+        if path.executable is None and not state.orders and (state.has_ordered or not self._wants_kernels()):
+            self._block(path, "not_faster", f"{name} is not faster than eager execution")
 
     # ---- tiers -------------------------------------------------------------------------------------------
 
@@ -194,7 +220,11 @@ class Builder:
         path.executable = Installed(path.program, executable)
         self.account.segments = max(self.account.segments, len(path.program.segments))
         if self.options.backend == "auto":
-            state.on_trial, state.samples = executable.backend, []
+            state.on_trial, state.trial_executable = executable.backend, path.executable
+            state.samples.clear()
+            state.references.clear()
+            if time.perf_counter() - self._eager_timed_at > MAX_REFERENCE_AGE:
+                self._eager_rates.clear()
         else:
             state.best, state.best_executable = executable.backend, path.executable
             self.account.backend = executable.backend

@@ -1,8 +1,10 @@
 """`GraphRunner`: run the segments of one unit, and undo what they wrote if the unit turns out otherwise.
 
-Segments are launched only after Python has walked them, so a unit with no fetch never has anything to undo. Before
-a segment that is not the last, whatever it writes that outlives the unit is copied; `discard` puts that back, and
-the random generators too. On CUDA a launch returns at once: Python walks the next unit while the device works.
+A unit with no fetch is launched when Python has walked it, and never has anything to undo. Before a segment that is
+not the last, whatever it writes that outlives the unit is copied; `discard` puts that back, and the random generators
+too. On CUDA a launch returns at once: Python walks the next unit while the device works. Where a unit has fetches, the
+device does not wait for Python either: segments are launched ahead of it, on the prediction that it takes the same
+path again.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ import torch
 
 from twofold.backends.executable import Environment, Executable
 from twofold.convert.from_traces import OptimizerPlan, Program
-from twofold.convert.segments import Segment, is_optimizer_kernel, root_of, written_roots
+from twofold.convert.segments import (
+    MAX_UNDONE_BYTES,
+    Segment,
+    bytes_of,
+    is_optimizer_kernel,
+    root_of,
+    written_roots,
+)
 from twofold.graph import Node, Value, run_node
 
 
@@ -30,6 +39,10 @@ class Installed:
     written: list[list[Value]] = field(init=False)
     written_early: list[Value] = field(init=False)
     """What the last segment writes before its optimizer kernels, by which time nothing can fail any more."""
+    go_ahead: frozenset[int] = field(init=False)
+    """Segments of an accelerator program that may be launched before Python has walked them."""
+    host_copies: dict[int, tuple[Value, torch.Tensor]] = field(init=False)
+    """Numbers read from an accelerator by position, each value with the memory on the host it is copied to."""
 
     def __post_init__(self) -> None:
         program = self.program
@@ -42,8 +55,28 @@ class Installed:
         last = program.segments[-1]
         nodes = tuple(node for node in last.graph.nodes if not is_optimizer_kernel(node))
         early = written_roots(Segment(replace(last.graph, nodes=nodes)), program.views)
+        self.host_copies = {
+            program.positions[event]: (value, _host_memory(value))
+            for event in program.number_reads
+            for value in program.fetches[event]
+            if _is_small_and_remote(value)
+        }
+        self.go_ahead = self._find_go_ahead()
         # A CUDA graph that was captured does not fail at launch.
         self.written_early = [] if self.executable.reuses_outputs else [v for v in early if v in program.statics]
+
+    def _find_go_ahead(self) -> frozenset[int]:
+        if not self.program.on_accelerator:
+            return frozenset()
+        # Where a fetch reads the memory itself, what comes after may write to that memory and has to wait.
+        read_in_place = set(self.program.positions.values()) - self.host_copies.keys()
+        return frozenset(
+            index
+            for index, written in enumerate(self.written[:-1])
+            if index > 0
+            and index not in read_in_place
+            and all(bytes_of(value) <= MAX_UNDONE_BYTES for value in written)
+        )
 
     def save_written(self) -> Callable[[], None]:
         """Copy all that a unit writes to and that outlives it; return how to put it back."""
@@ -61,6 +94,17 @@ class Installed:
             if tensor.data_ptr() != pointer:
                 return False
         return all((plan.leaf.grad is not None) == plan.had_gradient for plan in self.program.gradients)
+
+
+def _is_small_and_remote(value: Value) -> bool:
+    return value.spec is not None and value.spec.device.type == "cuda" and bytes_of(value) <= MAX_UNDONE_BYTES
+
+
+def _host_memory(value: Value) -> torch.Tensor:
+    spec = value.spec
+    assert spec is not None
+    shape = [size for size in spec.shape if size is not None]
+    return torch.empty(shape, dtype=spec.dtype, pin_memory=True)
 
 
 @dataclass(frozen=True)
@@ -101,8 +145,7 @@ class GraphRunner:
         self._saved: dict[Value, torch.Tensor] = {}
         self._random: RandomState | None = None
         self._undo: list[Callable[[], None]] = []
-        for value, setting in self.program.settings.items():
-            self.environment[value] = setting.read()
+        self._ready: dict[int, torch.cuda.Event] = {}
         for plan in self.program.gradients:
             if plan.entry is not None:
                 self.environment[plan.entry] = plan.leaf.grad
@@ -117,8 +160,39 @@ class GraphRunner:
             for value, number in program.feeds.items():
                 if number in self._feeds:
                     self.environment[value] = self._feeds[number]
+            for value in program.segments[index].inputs:
+                if value in program.settings:  # read now: the program may set them by what it fetched
+                    self.environment[value] = program.settings[value].read()
             self.launched += 1
             self.installed.executable.launch(index, self.environment)
+            if self.launched in self.installed.host_copies:
+                self._copy_to_host(self.launched)
+
+    def launch_ahead(self) -> None:
+        """Launch the segments that need nothing more from Python and write little that outlives the unit."""
+        while self.launched in self.installed.go_ahead and self._has_inputs(self.launched):
+            self.launch_through(self.launched + 1)
+
+    def _has_inputs(self, index: int) -> bool:
+        feeds = self.program.feeds
+        return all(v not in feeds or feeds[v] in self._feeds for v in self.program.segments[index].inputs)
+
+    def _copy_to_host(self, position: int) -> None:
+        value, host = self.installed.host_copies[position]
+        host.copy_(self.value(value), non_blocking=True)
+        self._ready[position] = torch.cuda.Event()
+        self._ready[position].record()
+
+    def host_value(self, position: int) -> torch.Tensor | None:
+        """Wait for the number read after `position` segments alone, not for what was launched since.
+
+        Returns the tensor on the CPU, in memory that the next unit uses again; None if it is not copied.
+        """
+        ready = self._ready.get(position)
+        if ready is None:
+            return None
+        ready.synchronize()
+        return self.installed.host_copies[position][1]
 
     def _save(self, written: list[Value]) -> None:
         if self._random is None and self.program.uses_random:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim.optimizer import Optimizer
 
-from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, display_name
+from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, NUMBER_READS, display_name
 from twofold.capture.intercept import unheard, user_origin
 from twofold.capture.recorder import Recorder, has_step_hooks
 from twofold.capture.trace import External, Slot, Trace, leaves, map_leaves
@@ -30,6 +30,9 @@ from .graph_runner import GraphRunner, Installed, feed_copy
 from .placeholders import escaped, fill_placeholder, make_placeholder, recycle, with_freed_history
 
 _TENSOR = torch.Tensor
+
+TRUSTED_AFTER = 3
+"""Units in a row that went the same way after a fetch, before the device goes that way ahead of Python."""
 
 
 class UnitEnd(Protocol):
@@ -53,6 +56,7 @@ class PythonRunner:
         self._slots: list[torch.Tensor] = []
         self._feeds: dict[int, torch.Tensor] = {}
         self._copied: dict[int, torch.Tensor] = {}
+        self._fetched: list[PathNode] = []
         self._run: GraphRunner | None = None
         self._run_path: Path | None = None
         self._stepping: Optimizer | None = None
@@ -112,6 +116,7 @@ class PythonRunner:
         self._slots.clear()
         self._feeds.clear()
         self._copied.clear()
+        self._fetched.clear()
         self._run = None
         self._run_path = None
 
@@ -277,7 +282,7 @@ class PythonRunner:
                 return self.before_step(optimizer, (optimizer,), {})
             assert self._run is not None
             with unheard(), torch.no_grad():
-                self._run.launch_through(path.program.position(node.depth))
+                self._run.launch_through(path.program.positions[node.depth])
                 self._run.prepare_step(plan, node.depth, is_last)
         self._node = node
         self._stepping = optimizer
@@ -304,9 +309,15 @@ class PythonRunner:
             self.leave("new_path", "a value is needed on a path with no graph yet")
             return self.call(function, arguments, keywords)
         assert self._run is not None
-        if not self._launch(self._run, path, path.program.position(node.depth)):
+        position = path.program.positions[node.depth]
+        if not self._launch(self._run, path, position):
+            return self.call(function, arguments, keywords)
+        self._fetched.append(node)
+        if node.streak >= TRUSTED_AFTER and not self._launch_ahead(self._run, path):
             return self.call(function, arguments, keywords)
         with unheard(), torch.no_grad():
+            if function in NUMBER_READS and (copied := self._run.host_value(position)) is not None:
+                return function(copied)
             values = iter([self._run.value(v) for v in path.program.fetches[node.depth]])
         shows_history = function in (_TENSOR.__repr__, _TENSOR.__format__)
 
@@ -332,6 +343,7 @@ class PythonRunner:
                 self._run.discard()
             self.account.discards += 1
             self._run = None
+            self._mispredicted(path)
         installed: Installed | None = path.executable
         if installed is None or path.stale or not installed.is_current():
             path.stale = True
@@ -339,6 +351,12 @@ class PythonRunner:
         self._run = GraphRunner(installed, self._copied, self._feeds)
         self._run_path = path
         return True
+
+    def _mispredicted(self, path: Path | None) -> None:
+        """Python went another way than a fetch foretold: wait for it there, until it is steady again."""
+        for node in self._fetched:
+            node.streak = 0
+            node.latest = path or node.latest
 
     # ---- the end of a unit -------------------------------------------------------------------------------
 
@@ -365,6 +383,8 @@ class PythonRunner:
                 run.commit_gradients()
             self._hand_out(path, run, alive)
             self._check_borrowed(path)
+        for fetch in self._fetched:
+            fetch.streak += 1
         self._node = None
         self._reset()
         self._on_end(path, None, self._signature)
@@ -372,9 +392,15 @@ class PythonRunner:
 
     def _launch(self, run: GraphRunner, path: Path, count: int) -> bool:
         """Launch segments. If one fails, the unit becomes an eager one, which raises what eager execution would."""
+        return self._guarded(path, lambda: run.launch_through(count))
+
+    def _launch_ahead(self, run: GraphRunner, path: Path) -> bool:
+        return self._guarded(path, run.launch_ahead)
+
+    def _guarded(self, path: Path, launch: Callable[[], None]) -> bool:
         try:
             with unheard(), torch.no_grad():
-                run.launch_through(count)
+                launch()
         except Exception as error:  # noqa: BLE001 - whatever it is, eager execution decides what the program sees
             path.failures += 1
             path.stale = path.stale or path.failures > 1
@@ -424,6 +450,7 @@ class PythonRunner:
         self._node = None
         self._stepping = None
         self.account.fallback(code, reason, str(origin) if (origin := user_origin()) else None)
+        self._mispredicted(None)
         if self._run is not None:
             self.account.discards += 1
             with unheard(), torch.no_grad():

@@ -128,8 +128,7 @@ def test_segments_are_cut_at_a_fetch_and_only_bases_cross():
         """)
     ((event, values),) = program.fetches.items()
     assert [value.name for value in values] == ["4"]
-    assert program.position(event) == 1
-    assert program.position(event - 1) == 0
+    assert program.positions[event] == 1
 
 
 def test_a_view_that_alone_is_read_crosses_by_itself():

@@ -29,14 +29,19 @@ def backend(path: Path) -> str | None:
     return None if path.executable is None else path.executable.executable.backend
 
 
-def take_eager(builder: Builder, path: Path, seconds: float) -> None:
-    while builder.wants_eager_samples():
-        builder.note_eager(path, seconds)
-
-
-def take_graph(builder: Builder, path: Path, seconds: float) -> None:
-    for index in range(SAMPLES):
-        builder.note_graph(path, 100.0 if index < WARM_UP_SAMPLES else seconds)
+def try_out(builder: Builder, path: Path, seconds: float, reference: float) -> list[str]:
+    """Run units of made-up length until the tier on trial is judged; return what each ran on."""
+    taken: list[str] = []
+    tried = backend(path)
+    while builder.is_timing(path):
+        if builder.runs_eagerly_next(path):
+            taken.append("eager")
+            builder.note_eager(path, reference)
+        else:
+            taken.append(str(backend(path)))
+            first = taken.count(taken[-1]) <= WARM_UP_SAMPLES
+            builder.note_graph(path, 100.0 if first else seconds if taken[-1] == tried else reference)
+    return taken
 
 
 class _AsInductor(ReplayExecutable):
@@ -50,25 +55,23 @@ def test_a_faster_graph_is_kept():
     builder, path = make_builder(), make_path()
     builder.prepare(path, accelerator=False)
     assert builder.is_timing(path)
-    take_eager(builder, path, 0.002)
-    take_graph(builder, path, 0.001)
+    assert try_out(builder, path, 0.001, 0.002) == ["replay", "eager"] * SAMPLES
     assert backend(path) == "replay"
     assert path.blocked is None
     assert builder.account.backend == "replay"
     assert not builder.is_timing(path)
-    assert builder.account.decisions[-1].text == "kept replay: 1.000 ms a unit, 2.000 ms before"
+    assert builder.account.decisions[-1].text == "kept replay: 1.000 ms a unit, eager 2.000 ms"
 
 
 def test_a_slower_graph_is_dropped():
     builder, path = make_builder(), make_path()
     builder.prepare(path, accelerator=False)
-    take_eager(builder, path, 0.002)
-    take_graph(builder, path, 0.003)
+    try_out(builder, path, 0.003, 0.002)
     assert path.executable is None
     assert path.blocked == "not_faster"
     assert builder.account.backend == "eager"
     assert [code for code, _, _ in builder.account.fallbacks] == ["not_faster"]
-    assert builder.account.decisions[-1].text == "dropped replay: 3.000 ms a unit, eager takes 2.000 ms"
+    assert builder.account.decisions[-1].text == "dropped replay: 3.000 ms a unit, eager 2.000 ms"
 
 
 def test_eager_times_are_compared_call_by_call():
@@ -77,17 +80,19 @@ def test_eager_times_are_compared_call_by_call():
     long = recorded_path(lambda: x.exp().exp().exp().exp() + 1)
     builder.prepare(long, accelerator=False)
     assert (short.call_count, long.call_count) == (2, 5)
-    take_eager(builder, short, 0.002)
-    take_graph(builder, long, 0.004)
+    for _ in range(SAMPLES):
+        builder.note_eager(short, 0.002)
+        builder.note_graph(long, 0.004)
+    assert not builder.is_timing(long)
     assert backend(long) == "replay"
 
 
 def test_a_named_backend_is_not_judged():
     builder, path = make_builder(backend="replay"), make_path()
     builder.prepare(path, accelerator=False)
-    assert not builder.wants_eager_samples()
     assert not builder.is_timing(path)
-    take_graph(builder, path, 100.0)
+    assert not builder.runs_eagerly_next(path)
+    builder.note_graph(path, 100.0)
     assert backend(path) == "replay"
     assert builder.account.backend == "replay"
 
@@ -120,8 +125,7 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Orders:
 def on_replay(builder: Builder) -> Path:
     path = make_path()
     builder.prepare(path, accelerator=False)
-    take_eager(builder, path, 0.002)
-    take_graph(builder, path, 0.001)
+    try_out(builder, path, 0.001, 0.002)
     assert backend(path) == "replay"
     return path
 
@@ -135,7 +139,7 @@ def test_kernels_that_arrive_are_kept_if_they_are_faster_than_replay(orders: Ord
     orders.future.set_result(None)
     builder.poll(path, accelerator=False)
     assert backend(path) == "inductor"
-    take_graph(builder, path, seconds)
+    assert set(try_out(builder, path, seconds, 0.001)) == {"inductor", "replay"}
     assert backend(path) == expected
     assert builder.account.backend == expected
     assert path.blocked is None
@@ -145,14 +149,13 @@ def test_kernels_that_arrive_are_kept_if_they_are_faster_than_replay(orders: Ord
 def test_a_slow_replay_leaves_the_path_open_for_kernels(orders: Orders):
     builder, path = make_builder(numerics="fused"), make_path()
     builder.prepare(path, accelerator=False)
-    take_eager(builder, path, 0.002)
-    take_graph(builder, path, 0.003)
+    try_out(builder, path, 0.003, 0.002)
     assert path.executable is None
     assert path.blocked is None
     orders.future.set_result(None)
     builder.poll(path, accelerator=False)
     assert backend(path) == "inductor"
-    take_graph(builder, path, 0.003)
+        try_out(builder, path, 0.003, 0.002)
     assert path.blocked == "not_faster"
 
 

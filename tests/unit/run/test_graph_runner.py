@@ -132,7 +132,7 @@ def test_a_step_outside_the_graph_is_undone():
     before = [net.weight.detach().clone(), state["square_avg"].clone(), state["step"].clone()]
     gradient, square = net.weight.grad, state["square_avg"]
     runner = start(installed, given[3])
-    launch(runner, installed.program.position(event))
+    launch(runner, installed.program.positions[event])
     with torch.no_grad():
         runner.prepare_step(plan, event, is_last=False)
     net.optimizer.step()
