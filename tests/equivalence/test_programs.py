@@ -79,7 +79,8 @@ def test_program_runs_as_graphs_and_is_exact_at_the_end(name: str, device: str) 
     configuration = program(numerics="exact", backend=EXACT_BACKEND[device], background=False)
     report = assert_same(factory(name, device), steps_of(name), configuration, observe="end")
     if name == "actor_critic":  # its policies keep probabilities, with history, past every step of the optimizer
-        assert {fallback["code"] for fallback in report["fallbacks"]} == {"history_escapes"}
+        codes = {fallback["code"] for fallback in report["fallbacks"]}
+        assert codes - {"argument_changes"} == {"history_escapes"}  # on a GPU, Python keeps the environment's tensors
     else:
         assert_ran_as_graphs(report)
 
@@ -106,4 +107,4 @@ def test_fused_kernels_stay_within_tolerance(name: str, device: str) -> None:
     configuration = function(numerics="fused", backend="inductor", background=False)
     report = assert_same(factory(name, device), FUSED_STEPS, configuration, tolerance=FUSED_PROGRAMS[name])
     assert_ran_as_graphs(report)
-    assert report["backend"] == "inductor", report
+    assert report["backend"] == {"cpu": "inductor", "cuda": "inductor+cuda_graph"}[device], report

@@ -155,7 +155,7 @@ def test_a_slow_replay_leaves_the_path_open_for_kernels(orders: Orders):
     orders.future.set_result(None)
     builder.poll(path, accelerator=False)
     assert backend(path) == "inductor"
-        try_out(builder, path, 0.003, 0.002)
+    try_out(builder, path, 0.003, 0.002)
     assert path.blocked == "not_faster"
 
 
