@@ -100,9 +100,8 @@ class _Driver:
         self.builder.poll(path, self.graph.has_accelerator)
         if path.stale or (path.seen < self.options.warm_up and path.executable is None):
             return Mode.RECORD
-        if path.executable is None or self.builder.runs_eagerly_next(path):
-            return Mode.IDLE
-        return Mode.FOLLOW
+        self.builder.choose(path)
+        return Mode.IDLE if path.executable is None else Mode.FOLLOW
 
     def _others_run(self, root: PathNode, blocked: Path) -> bool:
         """Whether units that begin at `root` take a path that runs as a graph more often than a blocked one."""

@@ -185,6 +185,7 @@ def _after_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
     if listener is not None:
         with torch._C.DisableTorchFunction():
             listener.after_step(optimizer)
+        return
     for observer in tuple(_step_observers):
         observer(optimizer)
 
@@ -193,7 +194,7 @@ _step_observers: list[Callable[[Optimizer], None]] = []
 
 
 def observe_steps(observer: Callable[[Optimizer], None]) -> Callable[[], None]:
-    """Call `observer` after every `optimizer.step()` of the process, listening or not; return how to end that."""
+    """Call `observer` after every `optimizer.step()` that no listener hears; return how to end that."""
     install_patches()
     _step_observers.append(observer)
     return lambda: _step_observers.remove(observer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import deque
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,11 +30,14 @@ from twofold.options import Options, has_cpp_compiler
 from .account import Account
 from .graph_runner import Installed, RandomState, example_environment
 
-SAMPLES = 7
-"""Units timed before a tier is judged; the first two are warm-up."""
-WARM_UP_SAMPLES = 2
-MAX_REFERENCE_AGE = 1.0
-"""Seconds after which times of eager units say nothing about now: other work on the machine comes and goes."""
+WARM_UP_UNITS = 2
+"""Units of a path on a tier whose times do not count."""
+SAMPLES = 5
+"""Units timed of each side before a tier is judged, by their medians, where units take one path."""
+MIXED_SAMPLES = 20
+"""The same where they take several, and it is not known which an eager unit took: judged by their means."""
+MARGIN = 0.97
+"""A tier has to take less than this share of the time of what it replaces: beyond noise."""
 MAX_REBUILDS = 8
 """A path whose graph had to be rebuilt so often depends on something that changes all the time."""
 MAX_COMPILED_NODES = 6_000
@@ -43,19 +46,38 @@ MAX_COMPILED_NODES = 6_000
 
 @dataclass(eq=False)
 class PathState:
-    """The tiers of one path. `Path.executable` is the one in use."""
+    """What was built for one path. `Path.executable` is the tier in use."""
 
+    tiers: dict[str, Installed] = field(default_factory=dict[str, Installed])
+    units: Counter[str] = field(default_factory=Counter[str])
+    """How many units ran on each tier."""
     rebuilds: int = 0
-    best: str = "eager"
-    best_executable: Any = None
+    has_ordered: bool = False
+    orders: list[Future[Any]] = field(default_factory=list[Future[Any]])
+
+
+@dataclass(eq=False)
+class Contest:
+    """Which tiers pay for the units that begin in one state, whichever path they take then."""
+
+    paths: list[Path] = field(default_factory=list[Path])
+    accepted: list[str] = field(default_factory=list[str])
+    """The last is the best."""
+    rejected: set[str] = field(default_factory=set[str])
     on_trial: str | None = None
-    trial_executable: Any = None
     samples: list[float] = field(default_factory=list[float])
     """Seconds of the units that ran on the tier on trial."""
     references: list[float] = field(default_factory=list[float])
-    """Seconds of the units that ran on the best tier so far, taken in turns with those on trial."""
-    has_ordered: bool = False
-    orders: list[Future[Any]] = field(default_factory=list[Future[Any]])
+    """Seconds of those that ran on the best tier accepted, or eagerly. They take turns with the others, so that
+    whatever else the machine does slows both alike."""
+
+    def verdict(self) -> tuple[float, float] | None:
+        """Return the typical times of both sides, once enough are known."""
+        is_mixed = len(self.paths) > 1
+        if min(len(self.samples), len(self.references)) < (MIXED_SAMPLES if is_mixed else SAMPLES):
+            return None
+        typical = statistics.mean if is_mixed else statistics.median
+        return typical(self.samples), typical(self.references)
 
 
 class Builder:
@@ -65,8 +87,7 @@ class Builder:
         self.options = options
         self.account = account
         self._states: dict[Path, PathState] = {}
-        self._eager_rates: deque[float] = deque(maxlen=SAMPLES)
-        self._eager_timed_at = 0.0
+        self._contests: dict[Any, Contest] = {}
         self._compiler_missing_said = False
         self._ordered: set[str] = set()
 
@@ -81,9 +102,9 @@ class Builder:
         state.rebuilds += 1
         path.executable = None
         state.orders.clear()
-        state.on_trial = None
+        state.tiers.clear()
+        state.units.clear()
         state.has_ordered = False
-        state.best, state.best_executable = "eager", None
         if state.rebuilds > MAX_REBUILDS:
             self._block(path, "argument_changes", "the graph of this path had to be built again and again")
             return
@@ -106,7 +127,7 @@ class Builder:
     def poll(self, path: Path, accelerator: bool) -> None:
         """Swap in tier 2 if its kernels have arrived. Called between two units."""
         state = self._states.get(path)
-        if state is None or state.on_trial is not None or path.blocked or path.stale:
+        if state is None or path.blocked or path.stale or self._contest(path).on_trial is not None:
             return
         if not state.has_ordered and self._wants_kernels():
             self._order(path, state, accelerator)
@@ -135,62 +156,63 @@ class Builder:
 
     def is_timing(self, path: Path | None) -> bool:
         """Whether the next unit's time counts, so that the device must be idle at both ends."""
-        state = None if path is None else self._states.get(path)
-        return state is not None and state.on_trial is not None
+        return path is not None and path in self._states and self._contest(path).on_trial is not None
 
-    def runs_eagerly_next(self, path: Path) -> bool:
-        """Choose for the next unit of a path on trial: the tier on trial, or what it is compared with.
-
-        They take turns, so that whatever else the machine does slows both alike.
-        """
+    def choose(self, path: Path) -> None:
+        """Set what the next unit of a path runs on: the tier on trial or the best accepted, in turns; None: eagerly."""
         state = self._states.get(path)
-        if state is None or state.on_trial is None:
-            return False
-        if state.best == "eager":
-            return len(state.samples) > len(self._eager_rates)
-        is_reference = len(state.samples) > len(state.references)
-        path.executable = state.best_executable if is_reference else state.trial_executable
-        return False
+        if state is None or self.options.backend != "auto":
+            return
+        contest = self._contest(path)
+        is_sample = len(contest.samples) <= len(contest.references)
+        if contest.on_trial in state.tiers and is_sample:
+            path.executable = state.tiers[contest.on_trial]
+        else:
+            path.executable = next((state.tiers[t] for t in reversed(contest.accepted) if t in state.tiers), None)
 
     def note_eager(self, path: Path, seconds: float) -> None:
-        """Take the time of a unit that ran eagerly and unseen, and probably took this path."""
-        self._eager_rates.append(seconds / max(path.call_count, 1))
-        self._eager_timed_at = time.perf_counter()
-        state = self._states.get(path)
-        if state is not None and state.on_trial is not None:
-            self._judge(path, state)
+        """Take the time of a unit that ran eagerly and unseen, and began as units of this path do."""
+        contest = self._contest(path)
+        if contest.on_trial is not None and not contest.accepted:
+            contest.references.append(seconds)
+            self._judge(contest)
 
     def note_graph(self, path: Path, seconds: float) -> None:
         """Take the time of a unit that ran as a graph."""
-        state = self._states[path]
-        if state.on_trial is not None:
-            is_reference = path.executable is not state.trial_executable
-            (state.references if is_reference else state.samples).append(seconds)
-            self._judge(path, state)
+        contest, state = self._contest(path), self._states[path]
+        tier = path.executable.executable.backend
+        state.units[tier] += 1
+        if contest.on_trial is not None and state.units[tier] > WARM_UP_UNITS:
+            (contest.samples if tier == contest.on_trial else contest.references).append(seconds)
+            self._judge(contest)
 
-    def _judge(self, path: Path, state: PathState) -> None:
-        """Keep the tier on trial or drop it, once there are enough times of both."""
-        is_first = state.best == "eager"
-        if len(state.samples) < SAMPLES or len(self._eager_rates if is_first else state.references) < SAMPLES:
+    def _contest(self, path: Path) -> Contest:
+        return self._contests.setdefault(path.nodes[0].parent, Contest())
+
+    def _judge(self, contest: Contest) -> None:
+        """Accept or reject the tier on trial, once there are enough times of both sides."""
+        verdict = contest.verdict()
+        if verdict is None or contest.on_trial is None:
             return
-        measured = statistics.median(state.samples[WARM_UP_SAMPLES:])
-        if is_first:
-            reference = statistics.median(self._eager_rates) * path.call_count
+        tier, contest.on_trial = contest.on_trial, None
+        best = contest.accepted[-1] if contest.accepted else "eager"
+        is_accepted = verdict[0] < MARGIN * verdict[1]
+        times = f"{verdict[0] * 1e3:.3f} ms a unit, {best} {verdict[1] * 1e3:.3f} ms"
+        self.account.decision(f"{'kept' if is_accepted else 'dropped'} {tier}: {times}")
+        if is_accepted:
+            contest.accepted.append(tier)
+            self.account.backend = tier
         else:
-            reference = statistics.median(state.references[WARM_UP_SAMPLES:])
-        name, state.on_trial = state.on_trial, None
-        if measured < reference:
-            self.account.decision(f"kept {name}: {measured * 1e3:.3f} ms a unit, {state.best} {reference * 1e3:.3f} ms")
-            state.best, state.best_executable = str(name), state.trial_executable
-            self.account.backend = state.best
-        else:
-            self.account.decision(
-                f"dropped {name}: {measured * 1e3:.3f} ms a unit, {state.best} {reference * 1e3:.3f} ms"
-            )
-        path.executable = state.best_executable
-        state.trial_executable = None
+            contest.rejected.add(tier)
+        for path in contest.paths:
+            self._settle(path, contest)
+
+    def _settle(self, path: Path, contest: Contest) -> None:
+        """Block a path on which no tier pays and no other will come."""
+        self.choose(path)
+        state = self._states[path]
         if path.executable is None and not state.orders and (state.has_ordered or not self._wants_kernels()):
-            self._block(path, "not_faster", f"{name} is not faster than eager execution")
+            self._block(path, "not_faster", f"{' and '.join(contest.rejected)} is not faster than eager execution")
 
     # ---- tiers -------------------------------------------------------------------------------------------
 
@@ -213,22 +235,29 @@ class Builder:
         if accelerator and self.options.backend != "replay":
             captured = self._capture(path.program, inner)
             if captured is None:
-                if state.best_executable is None and not state.orders:
+                if not state.tiers and not state.orders:
                     self._block(path, "capture_failed", "no tier could run this path")
                 return
             executable = captured
-        path.executable = Installed(path.program, executable)
+        tier = executable.backend
+        installed = state.tiers[tier] = Installed(path.program, executable)
         self.account.segments = max(self.account.segments, len(path.program.segments))
-        if self.options.backend == "auto":
-            state.on_trial, state.trial_executable = executable.backend, path.executable
-            state.samples.clear()
-            state.references.clear()
-            if time.perf_counter() - self._eager_timed_at > MAX_REFERENCE_AGE:
-                self._eager_rates.clear()
+        self.account.decision(f"a path of {path.call_count} calls runs as {tier}")
+        if self.options.backend != "auto":
+            path.executable = installed
+            self.account.backend = tier
+            return
+        contest = self._contest(path)
+        if path not in contest.paths:
+            contest.paths.append(path)
+        if tier in contest.accepted or tier in contest.rejected:
+            self._settle(path, contest)
         else:
-            state.best, state.best_executable = executable.backend, path.executable
-            self.account.backend = executable.backend
-        self.account.decision(f"a path of {path.call_count} calls runs as {executable.backend}")
+            if contest.on_trial is None:
+                contest.on_trial = tier
+                contest.samples.clear()
+                contest.references.clear()
+            path.executable = installed
 
     def _capture(self, program: Program, inner: Executable) -> Executable | None:
         given = example_environment(program)
