@@ -1,4 +1,4 @@
-"""The child-sum TreeLSTM (Tai, Socher and Manning 2015, section 3.1): any number of children, a forget gate for each."""
+"""The child-sum TreeLSTM (Tai, Socher and Manning 2015, section 3.1): any number of children."""
 
 from typing import Any
 

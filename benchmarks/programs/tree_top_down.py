@@ -56,4 +56,4 @@ def build(
             loss = loss + loss_of_tree / nodes
         return loss
 
-    return training(model, loss_of, corpus.trees, size)
+    return training(model, loss_of, corpus.trees, size, lr=0.3)

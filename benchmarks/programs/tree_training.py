@@ -27,11 +27,13 @@ def undecorated(function: F) -> F:
     return function
 
 
-def training(model: nn.Module, loss_of: Callable[[list[Any]], Tensor], trees: list[Any], size: Size) -> Program:
-    """Train `model` on batches of `trees`, in their order, by SGD on the mean loss a tree."""
+def training(
+    model: nn.Module, loss_of: Callable[[list[Any]], Tensor], trees: list[Any], size: Size, lr: float = 0.02
+) -> Program:
+    """Train `model` on batches of `trees`, in their order, by SGD on the mean loss of a tree."""
     batch = BATCH[size]
     batches = [trees[start : start + batch] for start in range(0, len(trees) - batch + 1, batch)]
-    optimizer = SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.02)
+    optimizer = SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=lr)
 
     def step(batch: list[Any]) -> Tensor:
         optimizer.zero_grad()

@@ -148,7 +148,7 @@ class _SyntaxReader:
     def __call__(self, syntax: ast.AST) -> Node:
         label = self._label(type(syntax).__name__)
         children: list[Node] = []
-        text = type(syntax).__name__
+        text = ""
         for name, value in ast.iter_fields(syntax):
             if name in ("ctx", "kind", "type_comment") or (name == "name" and isinstance(syntax, ast.FunctionDef)):
                 continue
@@ -156,11 +156,11 @@ class _SyntaxReader:
                 if isinstance(item, ast.AST):
                     children.append(self(item))
                 elif item is not None:
-                    text = str(item)[:20]
+                    text = (repr(item) if isinstance(syntax, ast.Constant) else str(item))[:20]
                     children.append(Node(self._word(text), self._label("text")))
-        if len(children) == 1 and not children[0].children and not isinstance(syntax, ast.stmt):
-            return Node(self._word(text), label)  # a name, a constant: its text is its only content
-        return Node(UNKNOWN, label, children) if children else Node(self._word(text), label)
+        if text and len(children) == 1:  # a name, a constant
+            return Node(self._word(text), label)
+        return Node(UNKNOWN, label, children) if children else Node(self._word(type(syntax).__name__), label)
 
     def _word(self, text: str) -> int:
         if len(self.words) >= LARGEST_VOCABULARY:

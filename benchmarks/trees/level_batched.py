@@ -1,8 +1,8 @@
 """The binary TreeLSTM batched by hand, level by level: what an expert makes of `benchmarks.programs.tree_lstm`.
 
 Nodes are numbered by depth, deepest level last, and within a level in the order of their parents, left child
-before right. The states of one level are then, as they lie in memory, the pairs of children that the level above reads: no
-gathers, and `h[roots:]` seen as rows of pairs is the input of all inner nodes at once.
+before right. The states of a level, as they lie in memory, are then the pairs of children that the level above
+reads: no gathers, and `h[roots:]` seen as rows of pairs is the input of all inner nodes at once.
 """
 
 from array import array
@@ -152,7 +152,9 @@ class _Loss(torch.autograd.Function):
         d_h = d_logits @ classify_weight
         d_c = torch.empty_like(d_h)
         d_c[:roots] = 0.0
-        d_inner = _run_levels_back(plan, d_h, d_c, c[roots:].view(-1, 2 * hidden), inner_gates, inner_tanh, inner_weight)
+        d_inner = _run_levels_back(
+            plan, d_h, d_c, c[roots:].view(-1, 2 * hidden), inner_gates, inner_tanh, inner_weight
+        )
 
         d_leaf_h, d_leaf_c = d_h.index_select(0, plan.leaves), d_c.index_select(0, plan.leaves)
         i, o, u = leaf_gates.split(hidden, 1)
