@@ -41,6 +41,9 @@ class Skipped(Exception):
 
 
 class Contender(Protocol):
+    version: str
+    """Of the library that computes."""
+
     def seconds(self, kind: Kind, batches: list[range], passes: int = 1) -> float:
         """Run the batches `passes` times over and return the seconds: "train" is a whole step of SGD."""
         ...
@@ -67,6 +70,7 @@ class Torch:
     """A contender in this process, given by its loss of a batch: f32[] summed over all nodes."""
 
     def __init__(self, model: TreeLSTM, loss: Callable[[Trees], Tensor], trees: Trees) -> None:
+        self.version = f"torch {torch.__version__}"
         self.loss = loss
         self.trees = trees
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -191,6 +195,7 @@ class DyNet:
         )
 
     def __enter__(self) -> "DyNet":
+        self.version: str = self._call("version")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -9,6 +9,7 @@ standard error is DyNet's. Needs only dynet and numpy, so that any interpreter w
 The cell is that of DyNet's own benchmarks: one affine transform a gate, which automatic batching likes best.
 """
 
+import importlib.metadata
 import json
 import sys
 import time
@@ -91,6 +92,9 @@ class Worker:
         self.folder = folder
         self.trees = json.loads((folder / "trees.json").read_text())
         self.model = TreeLSTM(np.load(folder / "parameters.npz"))
+
+    def version(self):
+        return f"dyNET38 {importlib.metadata.version('dyNET38')}"
 
     def seconds(self, kind, batches, passes, lr):
         """Time `passes` over the batches, each a first and a last tree."""

@@ -75,37 +75,25 @@ def loss_by_autograd(model: TreeLSTM, plan: Plan) -> Tensor:
     i, o, u = model.leaf(words).chunk(3, 1)
     leaf_c = i.sigmoid() * u.tanh()
     leaf_states = torch.cat((o.sigmoid() * leaf_c.tanh(), leaf_c), 1)
-    sizes = [end - start for start, end in zip(plan.starts, plan.starts[1:], strict=False)]
-    leaf_counts = [size - inner for size, inner in zip(sizes, plan.inner_counts, strict=True)]
+    leaf_counts = [end - start for start, end in zip(plan.starts, plan.starts[1:], strict=False)]
+    leaf_counts = [count - inner for count, inner in zip(leaf_counts, plan.inner_counts, strict=True)]
     leaves_by_level = leaf_states.split(leaf_counts)
-    orders = _orders(plan, sizes)
+    leaf_positions, inner_positions = plan.leaves.split(leaf_counts), plan.inner.split(plan.inner_counts)
     hidden = leaf_c.size(1)
-    levels: list[Tensor] = []
     below = leaves_by_level[-1]
-    levels.append(below)
-    for depth in range(len(sizes) - 2, -1, -1):
+    levels = [below]
+    for depth in range(len(leaf_counts) - 2, -1, -1):
         h, c = below.view(-1, 2, 2, hidden).unbind(2)
         i, o, forget, u = model.inner(h.flatten(1)).split((hidden, hidden, 2 * hidden, hidden), 1)
         c = i.sigmoid() * u.tanh() + (forget.sigmoid() * c.flatten(1)).view(-1, 2, hidden).sum(1)
-        inner_states = torch.cat((o.sigmoid() * c.tanh(), c), 1)
-        below = inner_states
+        below = torch.cat((o.sigmoid() * c.tanh(), c), 1)
         if leaf_counts[depth]:
-            below = torch.cat((inner_states, leaves_by_level[depth])).index_select(0, orders[depth])
+            states = torch.cat((below, leaves_by_level[depth]))
+            positions = torch.cat((inner_positions[depth], leaf_positions[depth])) - plan.starts[depth]
+            below = torch.empty_like(states).index_copy(0, positions, states)
         levels.append(below)
     logits = model.classify(torch.cat(levels[::-1])[:, :hidden])
     return F.cross_entropy(logits, plan.labels, reduction="sum")
-
-
-def _orders(plan: Plan, sizes: list[int]) -> tuple[Tensor, ...]:
-    """Return for each level where its nodes lie in the inner nodes of the level followed by its leaves."""
-    nodes = torch.cat((plan.inner, plan.leaves))
-    level_of_node = torch.repeat_interleave(torch.tensor(sizes, device=nodes.device), output_size=plan.starts[-1])
-    by_level = nodes[torch.sort(level_of_node[nodes], stable=True).indices]
-    # by_level is a permutation within each level; its inverse, less the level's start, is the order.
-    order = torch.empty_like(by_level)
-    order[by_level] = torch.arange(len(by_level), device=by_level.device)
-    starts = torch.tensor(plan.starts[:-1], device=nodes.device)
-    return (order - starts[level_of_node]).split(sizes)
 
 
 class _Loss(torch.autograd.Function):

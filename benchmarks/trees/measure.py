@@ -1,6 +1,7 @@
 """Trees a second of each contender, on batches of given trees, in interleaved rounds."""
 
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -34,7 +35,7 @@ class Measurement:
 
 
 def measure(measurement: Measurement) -> dict[str, Any]:
-    """Return {"trees", "nodes_a_tree", "contenders", "training and forward by batch"}: all rounds, and their medians.
+    """Return what the trees are, how each contender started, and for each batch size and kind all rounds and medians.
 
     A contender that cannot run has {"skipped": why}; one that raises has {"error": what} in place of its figures.
     """
@@ -71,7 +72,7 @@ def _open_all(measurement: Measurement, stack: ExitStack, described: dict[str, R
         except Exception as error:  # noqa: BLE001 whatever a contender raises is its row
             described[name] = _failure(error)
         else:
-            described[name] = {"first_call_seconds": first}
+            described[name] = {"first_call_seconds": first, "version": contender.version}
             contenders[name] = contender
         print(f"  {name}: {described[name]}", file=sys.stderr, flush=True)
     return contenders
@@ -109,18 +110,21 @@ def _failure(error: Exception) -> Result:
 
 
 def format_table(title: str, document: dict[str, Any]) -> str:
-    """One row a contender: trees a second, the spread of the middle half of the rounds, and the ratio to plain."""
-    results = document["results"]
-    header = f"{title}: {document['trees']} trees of {document['nodes_a_tree']:.1f} nodes; trees/s (quartiles, x plain)"
-    columns = "".join(f"{row['kind']} b{row['batch']}".rjust(28) for row in results)
-    lines = [header, f"{'':<22}{'first step, s':>14}{columns}"]
+    """Trees a second, the middle half of the rounds, and how many times plain recursion's speed in the same round."""
+    nodes = f"{document['trees']} trees of {document['nodes_a_tree']:.1f} nodes"
+    lines = [f"{title}: {nodes}; trees/s (quartiles, times plain recursion)"]
+    for kind in KINDS:
+        rows = [row for row in document["results"] if row["kind"] == kind]
+        columns = "".join(f"batch {row['batch']}".rjust(24) for row in rows)
+        lines.append(f"  {kind:<21}{'first step, s':>14}{columns}")
+        for name, described in document["contenders"].items():
+            if "first_call_seconds" in described:
+                cells = "".join(_cell(row["contenders"], name).rjust(24) for row in rows)
+                lines.append(f"    {name:<20}{described['first_call_seconds'][kind]:>13.2f}{cells}")
     for name, described in document["contenders"].items():
         if "first_call_seconds" not in described:
-            reason = described.get("skipped") or described["error"]
-            lines.append(f"  {name:<20}  {'skipped' if 'skipped' in described else 'failed'}: {reason}")
-            continue
-        cells = "".join(_cell(row["contenders"], name).rjust(28) for row in results)
-        lines.append(f"  {name:<20}{described['first_call_seconds']['train']:>14.2f}{cells}")
+            state, reason = next(iter(described.items()))
+            lines.append(f"  {name}: {state}: {reason}")
     return "\n".join(lines) + "\n"
 
 
@@ -129,7 +133,7 @@ def _cell(row: dict[str, Result], name: str) -> str:
     if "error" in result:
         return "failed"
     slow, fast = (1e3 / milliseconds for milliseconds in reversed(result["quartiles_ms"]))
-    ratio = ""
-    if "median_ms" in row.get("plain", {}):
-        ratio = f" {row['plain']['median_ms'] / result['median_ms']:.2f}x"
-    return f"{result['trees_per_second']:.0f} ({slow:.0f}-{fast:.0f}){ratio}"
+    figure = f"{result['trees_per_second']:.0f} ({slow:.0f}-{fast:.0f})"
+    plain = row.get("plain", {}).get("rounds_ms", [])
+    ratios = [theirs / ours for theirs, ours in zip(plain, result["rounds_ms"], strict=False)]
+    return f"{figure} {statistics.median(ratios):.2f}x" if ratios else figure
