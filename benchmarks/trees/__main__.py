@@ -30,7 +30,7 @@ from benchmarks.trees.data import (
     shaped_tree,
     sst_folder,
 )
-from benchmarks.trees.measure import Measurement, format_table, measure
+from benchmarks.trees.measure import Measurement, format_growth, format_table, measure
 
 SAMPLE = 512
 WIDTH, HIDDEN = 300, 168
@@ -42,16 +42,24 @@ SHAPED_WORDS, SHAPED_LABELS = 1000, 5
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
+    if options.device == "cuda":  # for all contenders, as in benchmarks.steps
+        torch.set_float32_matmul_precision("high")
     sys.setrecursionlimit(10_000)  # plain recursion over a chain of 511 leaves
     document: dict[str, Any] = {"environment": describe_environment(), "options": vars(options).copy(), "corpora": {}}
     # Where the trees lie is the user's affair; the name of the corpus is in the results.
     del document["options"]["sst"], document["options"]["dynet_python"], document["environment"]["arguments"]
-    for corpus in _shaped_corpora() if options.shapes else [_corpus(options.sst)]:
-        batches = [SHAPED_BATCH] if options.shapes else options.batch
-        document["corpora"][corpus.name] = measure(_measurement(corpus, batches, options))
-        print(format_table(corpus.name, document["corpora"][corpus.name]), flush=True)
+    try:
+        corpora = _shaped_corpora() if options.shapes else [_corpus(options.sst)]
+        measurements = {corpus.name: _measurement(corpus, options) for corpus in corpora}
+    except (OSError, ValueError) as error:
+        sys.exit(f"benchmarks.trees: {error}")
+    for name, measurement in measurements.items():
+        document["corpora"][name] = measure(measurement)
+        print(format_table(name, document["corpora"][name]), flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps(document, indent=1))
+    if options.shapes:
+        print(format_growth(document["corpora"]))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -66,8 +74,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dynet-python", help="an interpreter that has dyNET38, where this one has not")
     parser.add_argument("--json", help="write machine, versions, options and all rounds to this file")
     options = parser.parse_args(arguments)
-    if min(options.batch) < 1 or max(options.batch) > SAMPLE:
-        parser.error(f"--batch takes sizes from 1 to {SAMPLE}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
     return options
@@ -92,7 +98,8 @@ def _shaped_corpora() -> list[Corpus[BinaryNode]]:
     return [corpus(shape, leaves) for shape in shapes for leaves in SHAPED_LEAVES]
 
 
-def _measurement(corpus: Corpus[BinaryNode], batches: Sequence[int], options: argparse.Namespace) -> Measurement:
+def _measurement(corpus: Corpus[BinaryNode], options: argparse.Namespace) -> Measurement:
+    batches = [SHAPED_BATCH] if options.shapes else options.batch
     torch.manual_seed(SEED)
     model = TreeLSTM(corpus.words, corpus.labels, WIDTH, HIDDEN).to(options.device)
     return Measurement(options.contenders, model, corpus.trees, batches, options.rounds, options.dynet_python)

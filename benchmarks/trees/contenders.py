@@ -115,6 +115,7 @@ def _loss_function(name: str, model: TreeLSTM) -> Callable[[Trees], Tensor]:
         case "plain":
             return _summed(recursion(model))
         case "compiled_cell":
+            torch.compiler.reset()  # Dynamo's limit on recompilation counts what earlier models compiled
             return _summed(compiled_recursion(model))
         case "level_autograd":
             return lambda batch: loss_by_autograd(model, make_plan(batch, device))

@@ -24,7 +24,10 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is run: contenders by name, on copies of `model`, over `trees` in batches of each size."""
+    """What is run: contenders by name, on copies of `model`, over `trees` in batches of each size.
+
+    Raises ValueError for a batch of no trees, or of more than there are.
+    """
 
     names: Sequence[str]
     model: TreeLSTM
@@ -32,6 +35,11 @@ class Measurement:
     batches: Sequence[int]
     rounds: int
     dynet_python: str | None = None
+
+    def __post_init__(self) -> None:
+        wrong = [size for size in self.batches if not 1 <= size <= len(self.trees)]
+        if wrong:
+            raise ValueError(f"there are {len(self.trees)} trees: no batches of {', '.join(map(str, wrong))}")
 
 
 def measure(measurement: Measurement) -> dict[str, Any]:
@@ -80,7 +88,7 @@ def _open_all(measurement: Measurement, stack: ExitStack, described: dict[str, R
 
 def _batches(size: int, trees: int) -> list[range]:
     count = max(1, min(BATCHES_IN_POOL, TREES_IN_POOL // size, trees // size))
-    return [range(number * size, min((number + 1) * size, trees)) for number in range(count)]
+    return [range(number * size, (number + 1) * size) for number in range(count)]
 
 
 def _measure_rounds(contenders: dict[str, Contender], kind: Kind, pool: list[range], rounds: int) -> dict[str, Result]:
@@ -125,6 +133,23 @@ def format_table(title: str, document: dict[str, Any]) -> str:
         if "first_call_seconds" not in described:
             state, reason = next(iter(described.items()))
             lines.append(f"  {name}: {state}: {reason}")
+    return "\n".join(lines) + "\n"
+
+
+def format_growth(corpora: dict[str, dict[str, Any]]) -> str:
+    """One row a shape and contender, one column a number of leaves: milliseconds a tree. Names are "shape-leaves"."""
+    figures: dict[tuple[Kind, str, str], dict[int, float]] = {}
+    for name, document in corpora.items():
+        shape, _, leaves = name.rpartition("-")
+        for row in document["results"]:
+            for contender, result in row["contenders"].items():
+                of_contender = figures.setdefault((row["kind"], shape, contender), {})
+                of_contender[int(leaves)] = result.get("median_ms", math.nan)
+    columns = sorted({leaves for row in figures.values() for leaves in row})
+    lines = ["milliseconds a tree by leaves".ljust(42) + "".join(f"{leaves:>10}" for leaves in columns)]
+    for (kind, shape, contender), row in sorted(figures.items()):
+        cells = "".join(f"{row.get(leaves, math.nan):>10.3f}" for leaves in columns)
+        lines.append(f"{kind:<9}{shape:<11}{contender:<22}{cells}")
     return "\n".join(lines) + "\n"
 
 
