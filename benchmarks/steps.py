@@ -112,7 +112,7 @@ def measure_program(name: str, options: argparse.Namespace) -> dict[str, Result]
             milliseconds = _time_round(contender, SETTLE_ROUNDS + round_number, steps)
             results[contender_name]["rounds_ms"].append(milliseconds)
     for contender_name, contender in contenders.items():
-        results[contender_name] |= _summarise(results[contender_name]["rounds_ms"])
+        results[contender_name] |= summarise(results[contender_name]["rounds_ms"])
         results[contender_name]["steps_a_round"] = steps
         results[contender_name]["graph_op_fraction"] = contender.graph_op_fraction()
     return results
@@ -157,7 +157,7 @@ def _time_round(contender: Contender, number: int, steps: int) -> float:
     return (time.perf_counter() - begin) * 1e3 / steps
 
 
-def _summarise(rounds_ms: list[float]) -> Result:
+def summarise(rounds_ms: list[float]) -> Result:
     """Median and the quarter of rounds on either side of it."""
     if len(rounds_ms) < 2:
         only = rounds_ms[0]

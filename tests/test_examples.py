@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import twofold
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 EXACT = ["-m", "twofold", "run", "--backend", "replay", "--numerics", "exact", "--timeline", "timeline.json"]
 
@@ -39,3 +41,12 @@ def test_digits_are_bit_for_bit_eager(tmp_path: Path):
     spans = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
     graphs = [span for span in spans if span["ph"] == "X" and span["name"] == "replay"]
     assert len(graphs) > steps // 2  # equal because the graph is right, not because it never ran
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(twofold, "subgraph"), reason="this version of twofold has no subgraph")
+def test_trees_are_learnt(tmp_path: Path):
+    printed = run([str(EXAMPLES / "trees.py"), "--functions", "50", "--epochs", "4"], tmp_path)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert len(losses) == 4
+    assert losses[-1] < 0.9 * losses[0]
