@@ -168,7 +168,7 @@ class _Driver:
             return
         path = self.graph.merge(trace, signature)
         if path is None:
-            self.account.fallback("argument_changes", "a call was given other Python values again; Python keeps it")
+            self.account.fallback("argument_changes", self.graph.lesson)
             return
         if path.seen == 1 and len(self.graph.paths) > 1:
             self.account.fallback("new_path", "the unit took a path not seen before")

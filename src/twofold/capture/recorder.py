@@ -30,6 +30,7 @@ from .functions import (
     display_name,
 )
 from .intercept import unheard, user_origin
+from .number_feeds import number_as_tensor
 from .trace import (
     Event,
     EventKind,
@@ -86,15 +87,22 @@ def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
 class Recorder:
     """Listens to one unit. Mutable; `finish` hands out the trace and ends its life."""
 
-    def __init__(self, host_device_only: bool, host_sites: frozenset[tuple[Any, Origin | None]]) -> None:
+    def __init__(
+        self,
+        host_device_only: bool,
+        host_sites: frozenset[tuple[Any, Origin | None]],
+        number_sites: frozenset[tuple[Any, Origin | None]] = frozenset(),
+    ) -> None:
         """Start with nothing seen.
 
         `host_device_only`: the program computes on an accelerator, so calls on CPU tensors alone are Python's.
         `host_sites`: calls (function, line) that Python keeps doing, because their arguments never repeat.
+        `number_sites`: calls whose number is fed as a tensor, because it never repeats.
         """
         self.trace = Trace()
         self._leave_cpu_to_python = host_device_only
         self._host_sites = host_sites
+        self._number_sites = number_sites
         self._numbers: dict[tuple[Any, ...], int] = {}
         self._storages: dict[int, StorageWeakRef] = {}
         self._references: dict[int, Slot | External] = {}
@@ -138,6 +146,9 @@ class Recorder:
         origin: Origin | None,
     ) -> Any:
         """Run `function` and append it as an event, unless it turns out to be Python's own business."""
+        number = self._fed_number(function, arguments, keywords, origin)
+        if number is not None:
+            arguments = (arguments[0], number)
         given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
         if not all(map(_is_plain, given)):
             self._refuse("unsupported_call", "a tensor subclass, or a tensor of a function transform, is used", origin)
@@ -148,6 +159,8 @@ class Recorder:
         ambient = current_ambient()
         self._note_leaves(given)
         templates = self._templates(arguments, keywords)
+        if number is not None:
+            self.trace.fed_numbers.add(templates[0][1].index)
         if function is _TENSOR.backward or function is torch.autograd.grad or function is torch.autograd.backward:
             self._note_backward(arguments, keywords, origin)
         result = self._run_announced(function, arguments, keywords)
@@ -392,6 +405,12 @@ class Recorder:
             self._is_made_here(tensor) or tensor.untyped_storage()._cdata in self._written for tensor in given
         )
 
+    def _fed_number(self, function: Any, arguments: Any, keywords: Any, origin: Origin | None) -> torch.Tensor | None:
+        if (function, origin) not in self._number_sites:
+            return None
+        with unheard():
+            return number_as_tensor(function, arguments, keywords)
+
     def _is_cpu_work(
         self, given: list[torch.Tensor], made: list[torch.Tensor], operations: tuple[Operation, ...]
     ) -> bool:
@@ -515,6 +534,7 @@ class Recorder:
         for tensor in self.trace.externals[count:]:
             del self._references[id(tensor)], self._alive[id(tensor)]
         del self.trace.externals[count:], self.trace.external_numbers[count:]
+        self.trace.fed_numbers = {index for index in self.trace.fed_numbers if index < count}
 
     def _remember(self, tensor: torch.Tensor, reference: Slot | External) -> None:
         self._references[id(tensor)] = reference

@@ -137,6 +137,8 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     externals: list[torch.Tensor] = field(default_factory=list)
     external_numbers: list[int] = field(default_factory=list)
+    fed_numbers: set[int] = field(default_factory=set[int])
+    """Externals that stand for Python numbers; see `number_feeds`."""
     slot_numbers: list[int] = field(default_factory=list)
     specs: list[TensorSpec] = field(default_factory=list)
     """The spec of each value number."""

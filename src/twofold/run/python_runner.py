@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer
 
 from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, display_name
 from twofold.capture.intercept import unheard, user_origin
+from twofold.capture.number_feeds import number_tensor
 from twofold.capture.recorder import Recorder, current_ambient, has_step_hooks
 from twofold.capture.trace import External, Slot, Trace, leaves, map_leaves
 from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
@@ -53,7 +54,7 @@ class PythonRunner:
         self._recorder: Recorder | None = None
         self._signature: Signature = ()
         self._slots: list[torch.Tensor] = []
-        self._feeds: dict[int, torch.Tensor] = {}
+        self._feeds: dict[int, Any] = {}  # tensors, and numbers that are fed as tensors
         self._copied: dict[int, torch.Tensor] = {}
         self._run: GraphRunner | None = None
         self._run_path: Path | None = None
@@ -67,7 +68,7 @@ class PythonRunner:
         if mode == "follow":
             self._node = self.graph.root(signature)
         elif mode == "record":
-            self._recorder = Recorder(self.graph.has_accelerator, self.graph.host_sites)
+            self._recorder = Recorder(self.graph.has_accelerator, self.graph.host_sites, self.graph.number_sites)
 
     @property
     def in_unit(self) -> bool:
@@ -166,7 +167,11 @@ class PythonRunner:
     def _copy_feeds(self, node: PathNode) -> None:
         with unheard():
             for index in node.fed:
-                self._copied[index] = feed_copy(self._feeds[index])
+                given, role = self._feeds[index], node.roles[index - node.first_external]
+                if role.is_number:
+                    self._copied[index] = number_tensor(given, role.spec.dtype, role.spec.device)
+                else:
+                    self._copied[index] = feed_copy(given)
 
     def _resolve(self, reference: Slot | External) -> torch.Tensor:
         if type(reference) is Slot:
@@ -397,6 +402,8 @@ class PythonRunner:
     def _check_borrowed(self, path: Path) -> None:
         for index, copied in self._copied.items():
             tensor = self._feeds[index]
+            if not isinstance(tensor, _TENSOR):
+                continue
             if copied is not tensor and not tensor.untyped_storage().resizable() and not torch.equal(tensor, copied):
                 path.blocked = "mutated_outside"
                 self.account.fallback("mutated_outside", "the NumPy array behind a tensor changed within a unit")
@@ -441,7 +448,7 @@ class PythonRunner:
             with unheard(), torch.no_grad():
                 self._run.discard()
             self._run = None
-        recorder = self._recorder = Recorder(self.graph.has_accelerator, self.graph.host_sites)
+        recorder = self._recorder = Recorder(self.graph.has_accelerator, self.graph.host_sites, self.graph.number_sites)
         try:
             for step in reversed(list(node.walk_back())):
                 self._repeat(recorder, step)
