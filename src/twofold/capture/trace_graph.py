@@ -20,6 +20,7 @@ import torch
 
 from twofold.graph import Origin, TensorSpec
 
+from .history import Layout, Watch
 from .number_feeds import differ_in_number, fits
 from .recorder import PLAIN_TENSORS
 from .trace import Event, External, Made, Slot, Trace, leaves
@@ -29,6 +30,9 @@ Match = Callable[[tuple[Any, ...], dict[str, Any], list[torch.Tensor], Bound], b
 
 MAX_SITE_VARIANTS = 3
 """So many different constants at one line, in one place of the graph, and it is a host site or a number is fed."""
+
+MAX_LAYOUTS = 8
+"""Ways in which backwards may reach what units hand out; each is a segment of its own."""
 
 Placeholders = dict[int, tuple[torch.Tensor, Made]]
 """Tensors that stand for results Python does not have yet, by `id`, each with what it stands for."""
@@ -183,10 +187,20 @@ class TraceGraph:
         self._leaves: dict[int, torch.Tensor] = {}
         self.host_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
         self.number_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
+        self.layouts: dict[Layout, None] = {}
+        """How backwards outside the units were seen to reach what units handed out."""
+        self.differentiated_twice = False
+        """Whether gradients of gradients were taken of what units hand out."""
         self.lesson = ""
         """What the last merge taught that returned no path, for the report."""
         self.has_accelerator = False
         self._written_storages: dict[int, None] = {}
+
+    def learn_backward(self, watch: Watch) -> None:
+        """Learn how a backward reached what an eager unit handed out."""
+        self.differentiated_twice = self.differentiated_twice or watch.create_graph
+        if watch.layout is not None and len(self.layouts) < MAX_LAYOUTS:
+            self.layouts[watch.layout] = None
 
     def writes_to(self, tensor: torch.Tensor) -> bool:
         """Whether some unit writes to the memory of a tensor."""

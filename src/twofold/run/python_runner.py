@@ -18,16 +18,18 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, display_name
+from twofold.capture.history import Layout, Watch
 from twofold.capture.intercept import unheard, user_origin
 from twofold.capture.number_feeds import number_tensor
 from twofold.capture.recorder import Recorder, current_ambient, has_step_hooks
 from twofold.capture.trace import External, Slot, Trace, leaves, map_leaves
-from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
+from twofold.capture.trace_graph import MAX_LAYOUTS, Path, PathNode, Signature, TraceGraph
 from twofold.errors import InternalError
 from twofold.graph import ambient_context
 
 from .account import Account
 from .graph_runner import GraphRunner, Installed, feed_copy
+from .history import History, with_history
 from .placeholders import escaped, fill_placeholder, make_placeholder, recycle, with_freed_history
 
 _TENSOR = torch.Tensor
@@ -59,12 +61,16 @@ class PythonRunner:
         self._run: GraphRunner | None = None
         self._run_path: Path | None = None
         self._stepping: Optimizer | None = None
+        self._watch: Watch | None = None
 
     # ---- units -------------------------------------------------------------------------------------------
 
     def begin(self, mode: str, signature: Signature) -> None:
         """Start a unit: `follow` the graph, `record`, or `idle`."""
         self._signature = signature
+        if self._watch is not None:
+            self.graph.learn_backward(self._watch)
+            self._watch = None
         if mode == "follow":
             self._node = self.graph.root(signature)
         elif mode == "record":
@@ -375,7 +381,7 @@ class PythonRunner:
             return False
         run = self._run
         assert run is not None
-        if not self._launch(run, path, len(path.program.segments)):
+        if not self._launch(run, path, path.program.unit_segments):
             return False
         with unheard():
             with torch.no_grad():
@@ -410,12 +416,15 @@ class PythonRunner:
 
     def _hand_out(self, path: Path, run: GraphRunner, alive: list[int]) -> None:
         """Give the placeholders that Python holds their values; the objects used up become placeholders in turn."""
+        differentiable = self._with_history(path, run, alive)
         for index in alive:
             placeholder = self._slots[index]
             made = self._placeholders[id(placeholder)][1]
             with torch.no_grad():
                 value = run.owned_value(path.program.escapes[index])
-            if made.requires_grad:
+            if index in differentiable:
+                value = differentiable[index]
+            elif made.requires_grad:
                 if made.grad_function:
                     value = with_freed_history(value, made.grad_function)
                 else:
@@ -425,9 +434,40 @@ class PythonRunner:
             again = recycle(value, made, self._placeholders)
             node.placeholders[index - node.event.first_slot] = again  # type: ignore[union-attr]
 
+    def _with_history(self, path: Path, run: GraphRunner, alive: list[int]) -> dict[int, torch.Tensor]:
+        """Return the values of outputs that a backward outside the unit may differentiate, all of them at once."""
+        plan = path.program.history
+        if plan is None or not set(plan.outputs) & set(alive):
+            return {}
+        made = [self._placeholders[id(self._slots[index])][1] for index in plan.outputs]
+        with torch.no_grad():
+            outputs = [run.owned_value(path.program.escapes[index]) for index in plan.outputs]
+        names = [str(one.grad_function) for one in made]
+        history = History(path, run, self._learn_layout)
+        return dict(zip(plan.outputs, with_history(history, run, outputs, names), strict=True))
+
+    def _learn_layout(self, path: Path, layout: Layout | None) -> None:
+        """A backward came in a way that the graph of its unit does not know: learn it, or give up."""
+        if layout is None:
+            self.graph.differentiated_twice = True
+            path.blocked, path.executable = "double_backward", None
+            self.account.fallback("double_backward", "gradients of gradients, or sparse ones, are taken of an output")
+        elif len(self.graph.layouts) >= MAX_LAYOUTS:
+            path.blocked, path.executable = "history_escapes", None
+            self.account.fallback("history_escapes", f"backward came in more than {MAX_LAYOUTS} ways")
+        else:
+            path.stale = True
+            self.graph.layouts[layout] = None
+            self.account.fallback("new_path", "backward reached the outputs of a unit in a way not seen before")
+
     def _finish_trace(self) -> None:
+        assert self._recorder is not None
+        if self.graph.differentiated_twice:
+            self._recorder.refuse_history()
+        else:
+            self._recorder.record_history(self.graph.layouts)
         recorder, self._recorder = self._recorder, None
-        assert recorder is not None
+        self._watch = recorder.watch
         self._reset()
         with unheard():
             trace = recorder.finish()
