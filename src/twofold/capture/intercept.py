@@ -130,7 +130,7 @@ class Interception:
 
 def saved_tensor_hooks_in_force() -> bool:
     """Whether the program keeps, in this thread, what operations save for backward by Python of its own."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
 
 
 def current_listener() -> Listener | None:

@@ -33,13 +33,20 @@ def record(
     host_sites: frozenset[tuple[Any, Origin | None]] = frozenset(),
     host_device_only: bool = False,
     number_sites: frozenset[tuple[Any, Origin | None]] = frozenset(),
+    with_history: bool = False,
 ) -> Trace:
-    """Run `program` as one unit; what it returns is what Python still holds when the unit ends."""
+    """Run `program` as one unit; what it returns is what Python still holds when the unit ends.
+
+    `with_history`: record the derivative of what it returns too.
+    """
     recorder = Recorder(host_device_only, host_sites, number_sites)
     interception = Interception(Heard(recorder))
     interception.start()
     try:
         held = program()
+        if with_history:
+            with torch._C.DisableTorchFunction():
+                recorder.record_history(())
     finally:
         interception.stop()
     with unheard():
