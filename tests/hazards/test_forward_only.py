@@ -381,6 +381,27 @@ def test_what_backward_reads_is_changed(what: str) -> None:
     assert differentiated_outside(step)["graph_iterations"] > 0
 
 
+def test_input_made_in_inference_mode() -> None:
+    """Eager execution takes it where backward does not read it."""
+
+    def step(number: int, forward: Any, model: Any, optimizer: Any, x: Any, y: Any) -> Any:
+        with torch.inference_mode():
+            given = x * 2
+        output = forward(given)
+        output.square().sum().backward()
+        return output.detach()
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.shift
+
+    assert differentiated_outside(step, Shifted)["graph_iterations"] > 0
+
+
 def test_checkpointed_now_and_then() -> None:
     def step(number: int, forward: Any, model: Any, optimizer: Any, x: Any, y: Any) -> Any:
         optimizer.zero_grad()

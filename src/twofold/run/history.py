@@ -47,7 +47,7 @@ class History:
         self._before, self._random = run.state_before()
         kept = [tensor for value, tensor in run.program.statics.items() if value not in self._before]
         read = [*kept, *(given for given in self._given.values() if isinstance(given, _TENSOR))]
-        self._versions = [(tensor, tensor._version) for tensor in read]
+        self._versions = [(tensor, tensor._version) for tensor in read if not tensor.is_inference()]
 
     def inputs(self) -> list[torch.Tensor]:
         """Return the tensors that gradients are for, each as often as the unit uses it."""
