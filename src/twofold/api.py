@@ -23,7 +23,12 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
-from twofold.capture.intercept import Interception, current_listener, observe_steps
+from twofold.capture.intercept import (
+    Interception,
+    current_listener,
+    observe_steps,
+    saved_tensor_hooks_in_force,
+)
 from twofold.capture.trace import Trace
 from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
 from twofold.errors import NotConvertibleError, OptionError
@@ -88,6 +93,9 @@ class _Driver:
     def next_mode(self, signature: Signature) -> Mode:
         """Decide how the next unit runs."""
         if self.options.engine == "eager" or self._has_given_up():
+            return Mode.IDLE
+        if saved_tensor_hooks_in_force():  # checkpointing counts what is saved
+            self.account.fallback("tensor_hook", "hooks on saved tensors, of checkpointing perhaps, are in force")
             return Mode.IDLE
         root = self.graph.root(signature)
         if self.account.iterations < root.idle_until:
@@ -167,7 +175,7 @@ class _Driver:
             return
         path = self.graph.merge(trace, signature)
         if path is None:
-            self.account.fallback("argument_changes", "a call was given other Python values again; Python keeps it")
+            self.account.fallback("argument_changes", self.graph.lesson)
             return
         if path.seen == 1 and len(self.graph.paths) > 1:
             self.account.fallback("new_path", "the unit took a path not seen before")

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.hazards.programs import MODES, Mode, Parts, accounted, net, runs_as_graph, same, training
+from twofold.run import python_runner
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -120,6 +121,151 @@ def test_loss_weight_changes(weight: Callable[[int], Any], mode: Mode) -> None:
         return step
 
     accounted(training(make), 14, mode)
+
+
+NUMBER_USES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "multiplied": lambda loss, number: loss * number,
+    "multiplied from the left": lambda loss, number: number * loss,
+    "added": lambda loss, number: (loss + number) ** 2,
+    "subtracted": lambda loss, number: (loss - number) ** 2,
+    "divided by": lambda loss, number: loss / (number + 1),
+    "divided": lambda loss, number: number / (loss + 1),
+    "in place": lambda loss, number: loss.clone().mul_(number).add_(number),
+    "in a function": lambda loss, number: torch.mul(loss, number),
+    "compared with": lambda loss, number: loss * (loss < number),
+    "twice": lambda loss, number: loss * number + (loss * 0.5) / (1 + number * number),
+    "a NumPy number": lambda loss, number: loss * np.float32(number),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("use", NUMBER_USES.values(), ids=NUMBER_USES)
+def test_annealed_number_is_one_path(use: Callable[[torch.Tensor, float], torch.Tensor], mode: Mode) -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            output = parts.model(x)
+            penalty = use(output.square().mean(), 1 / (number + 1))
+            loss = F.mse_loss(output, y) + penalty
+            loss.backward()
+            parts.optimizer.step()
+            return loss.detach(), penalty.detach()
+
+        return step
+
+    report = runs_as_graph(training(make), 16, mode, at_least=16 - 7)
+    assert report["paths"] <= (1 if mode == "function" else 2)
+
+
+def test_number_that_is_fetched_and_fed_back() -> None:
+    """Gradient clipping by hand: the norm leaves the graph as a number and comes back as one."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            loss = parts.loss(x, y)
+            loss = loss / loss.item()
+            loss.backward()
+            norm = float(torch.stack([p.grad.norm() for p in parts.model.parameters()]).norm())
+            for parameter in parts.model.parameters():
+                parameter.grad.mul_(0.5 / (norm + 1e-6))
+            parts.optimizer.step()
+            parts.seen["norm"] = norm
+            return loss.detach()
+
+        return step
+
+    report = runs_as_graph(training(make), 16, at_least=9)
+    assert report["paths"] == 1
+
+
+def test_moving_average_of_a_fetched_value_scales_the_loss() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        parts.seen["average"] = 1.0
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            loss = parts.loss(x, y) / parts.seen["average"]
+            loss.backward()
+            parts.optimizer.step()
+            parts.seen["average"] = 0.9 * parts.seen["average"] + 0.1 * loss.item()
+            return loss.detach()
+
+        return step
+
+    runs_as_graph(training(make), 16)
+
+
+def test_noise_scale_of_the_input_is_annealed() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            return parts.train(x + 0.9**number * torch.randn_like(x), y)
+
+        return step
+
+    report = runs_as_graph(training(make), 16, at_least=9)
+    assert report["paths"] == 1
+
+
+def test_fed_number_is_followed_by_an_unknown_path() -> None:
+    """The unit is left after the number was fed: what ran so far runs again with the true number."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            hidden = x * (0.3 * number)
+            if number in (9, 13):
+                hidden = hidden.tanh()
+            return parts.train(hidden, y), hidden
+
+        return step
+
+    runs_as_graph(training(make), 18)
+
+
+def test_fed_number_becomes_a_tensor_then_a_truth_value() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            factor: Any = 0.3 * number
+            if number in (9, 13):
+                factor = torch.tensor(factor)
+            elif number in (11, 14):
+                factor = True
+            return parts.train(x * factor, y)
+
+        return step
+
+    runs_as_graph(training(make), 18)
+
+
+def test_harness_catches_a_stale_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault: the graph keeps the first number it was fed."""
+    first: list[torch.Tensor] = []
+
+    def stale(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        first.append(torch.tensor(value, dtype=dtype))
+        return first[0]
+
+    monkeypatch.setattr(python_runner, "number_tensor", stale)
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        return lambda number, x, y: parts.train(x * (0.1 * number), y)
+
+    with pytest.raises(AssertionError, match="differences from eager"):
+        same(training(make), 12)
+
+
+@pytest.mark.parametrize("key", ["betas", "eps", "weight_decay"])
+def test_hyper_parameter_of_adam_is_annealed(key: str) -> None:
+    def between(number: int, parts: Parts) -> None:
+        value = 0.9 - 0.02 * number
+        parts.optimizer.param_groups[0][key] = (value, 0.99) if key == "betas" else 1e-3 * value
+
+    factory = training(
+        lambda parts: lambda number, x, y: parts.train(x, y),
+        optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=0.01),
+        between=between,
+    )
+    runs_as_graph(factory, 14)
 
 
 def test_integer_counter_enters_arithmetic() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.hazards.programs import BATCH, MODES, Mode, Parts, accounted, runs_as_graph, same, stays_eager, training
+from tests.hazards.programs import BATCH, MODES, Mode, Parts, accounted, runs_as_graph, same, training
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -663,4 +663,4 @@ def test_forward_only_with_history_left_alive() -> None:
             parts.seen["loss"].backward()
             parts.optimizer.step()
 
-    stays_eager(training(make, between=between), "history_escapes", 8)
+    runs_as_graph(training(make, between=between), 8)

@@ -131,6 +131,11 @@ class Interception:
         return True
 
 
+def saved_tensor_hooks_in_force() -> bool:
+    """Whether the program keeps, in this thread, what operations save for backward by Python of its own."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
+
+
 def current_listener() -> Listener | None:
     """Return who listens in this thread, if anyone does."""
     return _current.listener

@@ -7,6 +7,7 @@ tensors are kept, so that memory is freed when eager execution frees it. A unit 
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -29,12 +30,26 @@ from .functions import (
     VALUE_READS,
     display_name,
 )
+from .history import (
+    Layout,
+    Reach,
+    Watch,
+    differentiate,
+    example_tangents,
+    fits_outputs,
+    held_by_python,
+    layout_of,
+    reach,
+)
 from .intercept import unheard, user_origin
+from .number_feeds import number_as_tensor
 from .trace import (
+    Backward,
     Event,
     EventKind,
     External,
     Gradient,
+    History,
     Made,
     Number,
     Operation,
@@ -51,6 +66,8 @@ MAX_EVENTS = 20_000
 MAX_STEPS = 4
 """Optimizer steps in one unit, two for an adversarial pair: with more, its end would never be found."""
 
+_DIFFERENTIATE = frozenset({torch.Tensor.backward, torch.autograd.grad, torch.autograd.backward})
+_NOT_FORWARD = _DIFFERENTIATE | {torch.Tensor.grad.__set__, torch.Tensor.grad.__delete__}  # type: ignore[attr-defined]
 _DYNAMIC_TAGS = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 _TENSOR = torch.Tensor
 PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
@@ -86,15 +103,24 @@ def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
 class Recorder:
     """Listens to one unit. Mutable; `finish` hands out the trace and ends its life."""
 
-    def __init__(self, host_device_only: bool, host_sites: frozenset[tuple[Any, Origin | None]]) -> None:
+    def __init__(
+        self,
+        host_device_only: bool,
+        host_sites: frozenset[tuple[Any, Origin | None]],
+        number_sites: frozenset[tuple[Any, Origin | None]] = frozenset(),
+    ) -> None:
         """Start with nothing seen.
 
         `host_device_only`: the program computes on an accelerator, so calls on CPU tensors alone are Python's.
         `host_sites`: calls (function, line) that Python keeps doing, because their arguments never repeat.
+        `number_sites`: calls whose number is fed as a tensor, because it never repeats.
         """
         self.trace = Trace()
         self._leave_cpu_to_python = host_device_only
         self._host_sites = host_sites
+        self._number_sites = number_sites
+        self.watch: Watch | None = None
+        """Set where the unit hands out history: it hears the backward that comes later."""
         self._numbers: dict[tuple[Any, ...], int] = {}
         self._storages: dict[int, StorageWeakRef] = {}
         self._references: dict[int, Slot | External] = {}
@@ -138,6 +164,9 @@ class Recorder:
         origin: Origin | None,
     ) -> Any:
         """Run `function` and append it as an event, unless it turns out to be Python's own business."""
+        number = self._fed_number(function, arguments, keywords, origin)
+        if number is not None:
+            arguments = (arguments[0], number)
         given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
         if not all(map(_is_plain, given)):
             self._refuse("unsupported_call", "a tensor subclass, or a tensor of a function transform, is used", origin)
@@ -148,7 +177,9 @@ class Recorder:
         ambient = current_ambient()
         self._note_leaves(given)
         templates = self._templates(arguments, keywords)
-        if function is _TENSOR.backward or function is torch.autograd.grad or function is torch.autograd.backward:
+        if number is not None:
+            self.trace.fed_numbers.add(templates[0][1].index)
+        if function in _DIFFERENTIATE:
             self._note_backward(arguments, keywords, origin)
         result = self._run_announced(function, arguments, keywords)
         operations, self._operations = tuple(self._operations), []
@@ -308,22 +339,83 @@ class Recorder:
             self._refuse("history_escapes", f"autograd history is kept across {MAX_STEPS} optimizer steps")
         return self._steps_passed < MAX_STEPS
 
+    def _slots(self) -> list[tuple[int, weakref.ref[torch.Tensor]]]:
+        """Return the tensors made in this unit, in order, dead ones too."""
+        slots = [(r.index, self._alive[identity]) for identity, r in self._references.items() if isinstance(r, Slot)]
+        return sorted(slots, key=operator.itemgetter(0))
+
     def _has_live_history(self) -> bool:
         return any(
             _history(tensor, self._freed) == "live"
-            for identity, reference in self._references.items()
-            if isinstance(reference, Slot) and (tensor := self._alive[identity]()) is not None
+            for _, reference in self._slots()
+            if (tensor := reference()) is not None
         )
+
+    def record_history(self, layouts: Iterable[Layout]) -> None:
+        """Record the derivative of what outlives the unit, for a backward that comes later, in these layouts.
+
+        Only for a unit that is a forward and nothing else. Operations must be heard meanwhile.
+        """
+        trace = self.trace
+        live = self._live_outputs() if self._is_forward() else {}
+        if not live:
+            return
+        outputs = list(live.values())
+        reached = reach(outputs, trace.externals)
+        given = [trace.externals[i] for i in set(reached.edges.values()) if not trace.externals[i].is_leaf]
+        if reached.foreign or any(tensor._backward_hooks or tensor.retains_grad for tensor in given):
+            reason = reached.foreign or "a tensor that the unit is given has a gradient hook"
+            self._refuse("history_escapes", f"a later backward cannot be recorded: {reason}")
+            return
+        wanted = [layout for layout in layouts if fits_outputs(layout, outputs)] or [layout_of(outputs)]
+        backwards = {layout: self._differentiate(outputs, reached, layout) for layout in wanted}
+        trace.history = History(tuple(live), tuple(reached.edges.values()), backwards)
+        self.watch = Watch(outputs)
+
+    def refuse_history(self) -> None:
+        """Keep the unit eager if it hands out history, since gradients of its gradients are taken."""
+        if self._is_forward() and self._live_outputs():
+            self._refuse("double_backward", "gradients of gradients are taken of what the unit returns")
+
+    def _is_forward(self) -> bool:
+        """Whether the unit is a forward and nothing else."""
+        return self.trace.refusal is None and all(
+            event.kind in ("call", "fetch") and event.function not in _NOT_FORWARD for event in self.trace.events
+        )
+
+    def _live_outputs(self) -> dict[int, torch.Tensor]:
+        held = [(slot, tensor) for slot, alive in self._slots() if (tensor := held_by_python(alive)) is not None]
+        return {slot: tensor for slot, tensor in held if _history(tensor, self._freed) == "live"}
+
+    def _differentiate(self, outputs: list[torch.Tensor], reached: Reach, layout: Layout) -> Backward:
+        known, drawn = len(self.trace.hidden), self.trace.first_random
+        with unheard():
+            tangents = example_tangents(layout, outputs)
+            numbers = tuple(None if tangent is None else self._number(tangent)[0] for tangent in tangents)
+        try:
+            found = self._run_announced(differentiate, (outputs, tangents, self.trace.externals), {})
+        except RuntimeError as error:  # what eager execution would raise, if the program asked
+            self._refuse("history_escapes", f"a later backward cannot be recorded: {str(error)[:200]}")
+            return Backward(numbers, (), ())
+        operations, self._operations = tuple(self._operations), []
+        made = tuple(self._number_if_known(found.get(edge)) for edge in reached.edges)
+        if -1 in made or len(self.trace.hidden) > known or self.trace.first_random != drawn:
+            self._refuse("history_escapes", "a later backward reads what the unit did not make")
+        return Backward(numbers, made, operations)
 
     def finish(self) -> Trace:
         """Close the trace: what escaped, which gradients are left, whether random numbers were drawn."""
         trace = self.trace
         if not all(map(torch.equal, *zip(*self._borrowed, strict=True)) if self._borrowed else ()):
             self._refuse("mutated_outside", "the NumPy array behind a tensor changed within the unit")
-        for identity, reference in self._references.items():
-            tensor = self._alive[identity]() if isinstance(reference, Slot) else None
-            if tensor is not None and isinstance(reference, Slot):
-                trace.escapes[reference.index] = _history(tensor, self._freed)
+        for slot, reference in self._slots():
+            tensor = reference()
+            if tensor is not None:
+                trace.escapes[slot] = _history(tensor, self._freed)
+        if trace.history is not None:  # what autograd alone still holds is live too, and no output
+            others = [slot for slot, state in trace.escapes.items() if state == "live"]
+            for slot in set(others) - set(trace.history.outputs):
+                del trace.escapes[slot]
         if trace.refusal is None:
             for leaf in self._leaves.values():
                 trace.gradients.append(
@@ -391,6 +483,12 @@ class Recorder:
         return (function, origin) in self._host_sites and not any(
             self._is_made_here(tensor) or tensor.untyped_storage()._cdata in self._written for tensor in given
         )
+
+    def _fed_number(self, function: Any, arguments: Any, keywords: Any, origin: Origin | None) -> torch.Tensor | None:
+        if (function, origin) not in self._number_sites:
+            return None
+        with unheard():
+            return number_as_tensor(function, arguments, keywords)
 
     def _is_cpu_work(
         self, given: list[torch.Tensor], made: list[torch.Tensor], operations: tuple[Operation, ...]
@@ -515,6 +613,7 @@ class Recorder:
         for tensor in self.trace.externals[count:]:
             del self._references[id(tensor)], self._alive[id(tensor)]
         del self.trace.externals[count:], self.trace.external_numbers[count:]
+        self.trace.fed_numbers = {index for index in self.trace.fed_numbers if index < count}
 
     def _remember(self, tensor: torch.Tensor, reference: Slot | External) -> None:
         self._references[id(tensor)] = reference

@@ -21,6 +21,7 @@ import torch
 from twofold.graph import Ambient, Origin, TensorSpec
 
 from .functions import display_name
+from .history import Layout
 
 Template = Any
 """Arguments or results with each tensor replaced by a `Slot` or an `External`."""
@@ -121,6 +122,30 @@ class Gradient:
     exit: int | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Backward:
+    """The derivative of a unit's live outputs, as one backward outside the unit would compute it.
+
+    Value numbers: of the tangent of each output (None where none arrives) and of the gradient for each input.
+    """
+
+    tangents: tuple[int | None, ...]
+    gradients: tuple[int | None, ...]
+    operations: tuple[Operation, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class History:
+    """The autograd history that outlives a unit: from its live outputs (slots) to inputs (externals).
+
+    An external is an input as often as it is used, in the order in which gradients for it are made.
+    """
+
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+    backwards: dict[Layout, Backward]
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """Why a unit cannot run as a graph: a code of `errors.CODES`, one sentence, and the line."""
@@ -137,6 +162,8 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     externals: list[torch.Tensor] = field(default_factory=list)
     external_numbers: list[int] = field(default_factory=list)
+    fed_numbers: set[int] = field(default_factory=set[int])
+    """Externals that stand for Python numbers; see `number_feeds`."""
     slot_numbers: list[int] = field(default_factory=list)
     specs: list[TensorSpec] = field(default_factory=list)
     """The spec of each value number."""
@@ -147,6 +174,8 @@ class Trace:
     gradients: list[Gradient] = field(default_factory=list)
     escapes: dict[int, str] = field(default_factory=dict)
     """Slots that outlived the unit, with the state of their autograd history: none, freed or live."""
+    history: History | None = None
+    """The history of live escapes, if it was recorded."""
     first_random: int | None = None
     """The index of the first event that draws random numbers from PyTorch's generators."""
     makes_state: bool = False

@@ -20,14 +20,19 @@ import torch
 
 from twofold.graph import Origin, TensorSpec
 
+from .history import Layout, Watch
+from .number_feeds import differ_in_number, fits
 from .recorder import PLAIN_TENSORS, current_ambient
 from .trace import Event, External, Made, Slot, Trace, leaves
 
-Bound = dict[int, torch.Tensor]
+Bound = dict[int, Any]
 Match = Callable[[Any, tuple[Any, ...], dict[str, Any], list[torch.Tensor], Bound], bool]
 
 MAX_SITE_VARIANTS = 3
-"""So many different constants at one line, in one place of the graph, and Python keeps making that call."""
+"""So many different constants at one line, in one place of the graph, and it is a host site or a number is fed."""
+
+MAX_LAYOUTS = 8
+"""Ways in which backwards may reach what units hand out; each is a segment of its own."""
 
 Placeholders = dict[int, tuple[torch.Tensor, Made]]
 """Tensors that stand for results Python does not have yet, by `id`, each with what it stands for."""
@@ -35,19 +40,22 @@ Placeholders = dict[int, tuple[torch.Tensor, Made]]
 
 @dataclass(slots=True)
 class Role:
-    """How a unit gets one of its external tensors. `tensor` is None for a feed."""
+    """How a unit gets one of its external tensors. `tensor` is None for a feed, `is_number` for one from a number."""
 
     tensor: torch.Tensor | None
     spec: TensorSpec
     is_leaf: bool
     is_parameter: bool
+    is_number: bool
     written: dict[int, None]
     """Storages that units write to, shared by all roles of a TraceGraph: a feed must not alias one."""
     placeholders: Placeholders
 
     def accepts(self, tensor: Any) -> bool:
-        """Whether a tensor may be fed here."""
+        """Whether a tensor, or a number, may be fed here."""
         spec = self.spec
+        if self.is_number:
+            return fits(tensor, spec.dtype)
         return (
             type(tensor) in PLAIN_TENSORS
             and id(tensor) not in self.placeholders
@@ -178,8 +186,21 @@ class TraceGraph:
         self.placeholders: Placeholders = {}
         self._leaves: dict[int, torch.Tensor] = {}
         self.host_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
+        self.number_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
+        self.layouts: dict[Layout, None] = {}
+        """How backwards outside the units were seen to reach what units handed out."""
+        self.differentiated_twice = False
+        """Whether gradients of gradients were taken of what units hand out."""
+        self.lesson = ""
+        """What the last merge taught that returned no path, for the report."""
         self.has_accelerator = False
         self._written_storages: dict[int, None] = {}
+
+    def learn_backward(self, watch: Watch) -> None:
+        """Learn how a backward reached what an eager unit handed out."""
+        self.differentiated_twice = self.differentiated_twice or watch.create_graph
+        if watch.layout is not None and len(self.layouts) < MAX_LAYOUTS:
+            self.layouts[watch.layout] = None
 
     def writes_to(self, tensor: torch.Tensor) -> bool:
         """Whether some unit writes to the memory of a tensor."""
@@ -232,6 +253,7 @@ class TraceGraph:
         if not self.has_accelerator and any(spec.device.type == "cuda" for spec in trace.specs):
             self.has_accelerator = True
             if any(spec.device.type == "cpu" for spec in trace.specs):
+                self.lesson = "the program computes on an accelerator; Python keeps its work on the CPU"
                 self.clear()
                 return None
         node = root = self.root(signature)
@@ -239,7 +261,7 @@ class TraceGraph:
         for event in trace.events:
             child = next((c for c in node.children if self._is_same(c, event, trace)), None)
             if child is None:
-                if self._learn_site(node, event, trace):
+                if self._learn_numbers(node, len(nodes), trace) or self._learn_site(node, event, trace):
                     self.clear()
                     return None
                 child = self._grow(node, event, trace)
@@ -269,12 +291,14 @@ class TraceGraph:
         tensor = trace.externals[index]
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         # Memory that PyTorch did not allocate may change unseen, so what it holds is copied when it is used.
+        is_number = index in trace.fed_numbers
         is_borrowed = tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
         return Role(
-            None if is_borrowed and not is_parameter else tensor,
+            None if is_number or (is_borrowed and not is_parameter) else tensor,
             TensorSpec.of(tensor),
             tensor.is_leaf,
             is_parameter,
+            is_number,
             self._written_storages,
             self.placeholders,
         )
@@ -314,9 +338,25 @@ class TraceGraph:
     def _has_same_tensors(self, node: PathNode, event: Event, trace: Trace) -> bool:
         assert node.event is not None
         return _references(node.event) == _references(event) and all(
-            self._admits(node, role, trace.externals[node.first_external + offset])
-            for offset, role in enumerate(node.roles)
+            role.is_number == (index in trace.fed_numbers) and self._admits(node, role, trace.externals[index])
+            for index, role in enumerate(node.roles, node.first_external)
         )
+
+    def _learn_numbers(self, parent: PathNode, depth: int, trace: Trace) -> bool:
+        """Whether an event differs from its siblings in a number alone, too often: then that number is fed.
+
+        So are all numbers further on in the unit that differ from those of the latest sibling.
+        """
+        event = trace.events[depth]
+        siblings = [c for c in parent.children if c.event is not None and differ_in_number(c.event, event)]
+        if len(siblings) + 1 < MAX_SITE_VARIANTS or (event.function, event.origin) in self.number_sites:
+            return False
+        assert siblings[-1].latest is not None
+        earlier = siblings[-1].latest.trace.events
+        pairs = zip(trace.events[depth:], earlier[depth:], strict=False)
+        self.lesson = "arithmetic was given other Python numbers again; they are fed to the graph from now on"
+        self.number_sites |= {(now.function, now.origin) for now, then in pairs if differ_in_number(now, then)}
+        return True
 
     def _learn_site(self, parent: PathNode, event: Event, trace: Trace) -> bool:
         """Whether `event` differs from its siblings in constants alone, too often: then it becomes a host site."""
@@ -338,6 +378,7 @@ class TraceGraph:
         ]
         if len(siblings) + 1 < MAX_SITE_VARIANTS:
             return False
+        self.lesson = "a call was given other Python values again; Python keeps it"
         self.host_sites |= {(event.function, event.origin)}
         return True
 

@@ -16,13 +16,26 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from twofold.capture.functions import NUMBER_READS
+from twofold.capture.history import Layout
 from twofold.capture.recorder import memory_key, parameters_of
-from twofold.capture.trace import Event, External, Number, Operation, Slot, Trace, leaves, map_leaves
+from twofold.capture.trace import (
+    Event,
+    External,
+    Number,
+    Operation,
+    Slot,
+    Trace,
+    hidden_writes,
+    leaves,
+    map_leaves,
+    numbers_in,
+)
 from twofold.capture.trace_graph import Path
 from twofold.graph import Ambient, Graph, Node, Origin, TensorSpec, Value, eliminate_dead_code, verify
 
+from .histories import BackwardPlan, HistoryPlan, residuals_of
 from .optimizers import Setting, hyper_parameters, lower_step, replays_exactly
-from .segments import Segment, cut, view_nodes
+from .segments import Segment, cut, root_of, view_nodes
 
 _AMBIENT = Ambient(grad=False)
 _REFERENCES = (Slot, External)
@@ -126,6 +139,13 @@ class Program:
     positions: dict[int, int]
     """How many segments must have run before the fetch at an event can be answered."""
     on_accelerator: bool
+    history: HistoryPlan | None = None
+    """For outputs that are differentiated outside the unit; their backwards are the last segments."""
+
+    @property
+    def unit_segments(self) -> int:
+        """How many segments a unit itself launches."""
+        return len(self.segments) - (0 if self.history is None else len(self.history.backwards))
 
 
 def build_program(path: Path, exact: bool, volatile: Collection[Optimizer] = ()) -> Program:
@@ -153,6 +173,7 @@ class _Builder:
         self.optimizers: dict[int, OptimizerPlan] = {}
         self.fetches: dict[int, tuple[Value, ...]] = {}
         self.entries: dict[int, Value] = {}
+        self.tangents: dict[Value, None] = {}
 
     def build(self) -> Program:
         trace = self.trace
@@ -165,13 +186,15 @@ class _Builder:
             self._add_event(index, event)
         gradients = self._plan_gradients()
         escapes = {slot: self._value(trace.slot_numbers[slot]) for slot in sorted(self.path.histories)}
-        if "live" in self.path.histories.values():
-            raise UnsupportedPath("history_escapes", "a tensor leaves the unit with autograd history that is not freed")
         finals = [plan.exit for plan in gradients if plan.exit is not None] + list(escapes.values())
+        backwards = self._add_backwards(escapes)
+        finals += [value for plan in backwards.values() for value in plan.gradients if value is not None]
         graph = self._finish_graph(finals)
         views = view_nodes(graph.nodes)
         on_device = any(spec.device.type == "cuda" for spec in trace.specs)
         cuts = cut(graph, views, set(self._used_finals(finals)), self._late_feeds() if on_device else None)
+        for layout, position in zip(list(backwards), cuts.positions[len(self.fetches) :], strict=True):
+            backwards[layout] = replace(backwards[layout], segment=position)
         return Program(
             graph=graph,
             segments=cuts.segments,
@@ -187,7 +210,8 @@ class _Builder:
             uses_random=trace.first_random is not None,
             call_count=len(trace.events),
             on_accelerator=on_device,
-            positions=dict(zip(self.fetches, cuts.positions, strict=True)),
+            positions=dict(zip(self.fetches, cuts.positions, strict=False)),
+            history=self._plan_history(cuts.segments, backwards),
         )
 
     # ---- inputs ------------------------------------------------------------------------------------------
@@ -242,7 +266,7 @@ class _Builder:
             self._add_optimizer(index, event)
         else:
             for operation in event.operations:
-                self._add_operation(operation, event)
+                self._add_operation(operation, event.origin)
 
     def _add_fetch(self, index: int, event: Event, values: list[Value]) -> None:
         self.fetches[index] = tuple(values)
@@ -253,14 +277,14 @@ class _Builder:
         numbers = trace.slot_numbers if isinstance(reference, Slot) else trace.external_numbers
         return self._value(numbers[reference.index])
 
-    def _add_operation(self, operation: Operation, event: Event) -> None:
+    def _add_operation(self, operation: Operation, origin: Origin | None) -> None:
         results = operation.results
         if results and all(number in self.values for number in results) and not operation.target._schema.is_mutable:
             return  # a view of the same memory in the same geometry, as `detach` makes
         devices = {self.trace.specs[n].device.type for n in (*operation.reads(), *results)}
         if len(devices) > 1 and "scaled_dot_product" not in operation.target.name():
             # (attention hands its backward the random seed, on the CPU, and under a capture on the device)
-            raise UnsupportedPath("unsupported_call", f"{operation.target} mixes devices", event.origin)
+            raise UnsupportedPath("unsupported_call", f"{operation.target} mixes devices", origin)
         arguments, keywords = map_leaves(
             (operation.arguments, operation.keywords), Number, lambda n: self._value(n.index)
         )
@@ -272,7 +296,7 @@ class _Builder:
             else:
                 self.values[number] = value
             values.append(value)
-        self._call(operation.target, arguments, keywords, event.origin, tuple(values))
+        self._call(operation.target, arguments, keywords, origin, tuple(values))
 
     def _call(
         self, target: Any, arguments: Any, keywords: Any, origin: Origin | None, results: tuple[Value, ...] = ()
@@ -294,7 +318,7 @@ class _Builder:
                 self._call(target, arguments, keywords, event.origin)
         elif replays_exactly(optimizer) and optimizer not in self.volatile:
             for operation in event.operations:
-                self._add_operation(operation, event)
+                self._add_operation(operation, event.origin)
         else:
             outside = True
             self._add_fetch(index, event, [self._value(n.index) for n in event.outcome if n is not None])
@@ -328,6 +352,60 @@ class _Builder:
             self.settings.update(made)
         return calls
 
+    # ---- history that outlives the unit ------------------------------------------------------------------
+
+    def _add_backwards(self, escapes: dict[int, Value]) -> dict[Layout, BackwardPlan]:
+        """Add the backwards of live outputs behind the unit's own nodes, each in a segment of its own."""
+        live = {slot for slot, state in self.path.histories.items() if state == "live"}
+        if not live:
+            return {}
+        history = self.trace.history
+        if history is None or not live <= set(history.outputs):
+            raise UnsupportedPath("history_escapes", "a tensor leaves the unit with autograd history that is not freed")
+        self._check_aliases(live, escapes)
+        backwards: dict[Layout, BackwardPlan] = {}
+        for layout, backward in history.backwards.items():
+            self.nodes.append(Node("fetch", None, ([],), (), ()))
+            tangents = tuple(None if n is None else self._tangent(n) for n in backward.tangents)
+            for operation in backward.operations:
+                self._add_operation(operation, None)
+            gradients = tuple(None if n is None else self._value(n) for n in backward.gradients)
+            backwards[layout] = BackwardPlan(-1, tangents, gradients)
+        return backwards
+
+    def _tangent(self, number: int) -> Value:
+        value = self.values[number] = self._new(f"tangent{number}", self.trace.specs[number])
+        self.tangents[value] = None
+        return value
+
+    def _check_aliases(self, live: set[int], escapes: dict[int, Value]) -> None:
+        """Refuse live outputs that share memory with anything else the program holds."""
+        views = view_nodes(self.nodes)
+        roots = {slot: root_of(value, views) for slot, value in escapes.items()}
+        given = {*self.statics, *self.feeds, *self.entries.values()}
+        for slot in live:
+            if roots[slot] in given or list(roots.values()).count(roots[slot]) > 1:
+                raise UnsupportedPath("history_escapes", "an output with autograd history shares memory with a tensor")
+        storages = [tensor.untyped_storage()._cdata for tensor in self.statics.values()]
+        if any(storages.count(written) > 1 for written in self.trace.written_storages()):
+            raise UnsupportedPath("history_escapes", "a forward writes to memory that it is given as several tensors")
+
+    def _plan_history(self, segments: tuple[Segment, ...], backwards: dict[Layout, BackwardPlan]) -> HistoryPlan | None:
+        history = self.trace.history
+        if not backwards or history is None:
+            return None
+        operations = [operation for event in self.trace.events for operation in event.operations]
+        hidden = {
+            self._value(number)
+            for operation in operations
+            for index in hidden_writes(operation.target, operation.arguments)
+            for number in numbers_in(operation.arguments[index])
+        }
+        residuals = residuals_of(segments, backwards.values(), hidden & self.statics.keys())
+        last = self.path.nodes[-1]
+        externals = tuple(last.role_of(index)[0].tensor for index in range(len(self.trace.externals)))
+        return HistoryPlan(history.outputs, history.inputs, externals, residuals, backwards)
+
     # ---- the end -----------------------------------------------------------------------------------------
 
     def _plan_gradients(self) -> tuple[GradientPlan, ...]:
@@ -350,7 +428,9 @@ class _Builder:
         return [{value for value, index in self.feeds.items() if uses[index] > event} for event in self.fetches]
 
     def _used_finals(self, finals: Sequence[Value]) -> Sequence[Value]:
-        return [value for value in finals if value not in self.statics and value not in self.feeds]
+        return [
+            value for value in finals if not {value} & (self.statics.keys() | self.feeds.keys() | self.tangents.keys())
+        ]
 
     def _finish_graph(self, finals: Sequence[Value]) -> Graph:
         used = {value for node in self.nodes for value in node.operands} | set(finals)
@@ -367,7 +447,7 @@ class _Builder:
             if any(self.values.get(number) is value for number in written):
                 raise UnsupportedPath("unsupported_call", "a tensor that is fed to the unit is changed in place")
         inputs = (*self.statics, *self.entries.values(), *self.settings)
-        feeds = [Node("feed", None, (), (("name", value.name),), (value,)) for value in self.feeds]
+        feeds = [Node("feed", None, (), (("name", value.name),), (value,)) for value in (*self.feeds, *self.tangents)]
         graph = Graph("unit", inputs, (*feeds, *self.nodes), tuple(dict.fromkeys(finals)))
         graph = eliminate_dead_code(graph)
         verify(graph)

@@ -64,7 +64,7 @@ class Cuts:
 def cut(
     graph: Graph, views: dict[Value, Node], finals: Collection[Value], late: Sequence[Collection[Value]] | None = None
 ) -> Cuts:
-    """Cut a unit's graph after each fetch. `views` loses the views that a segment hands out by themselves.
+    """Cut a unit's graph at each fetch. `views` loses the views that a segment hands out by themselves.
 
     `late`: for each fetch in order, the feeds that Python gives only after it. If given, what follows a fetch is cut
     once more: before the first node that reads such a feed or writes to much memory that outlives the unit. The
@@ -85,7 +85,7 @@ def cut(
             needed[-1].update(node.operands)
             positions.append(len(runs))
             begin_run()
-            goes_ahead = late is not None
+            goes_ahead = late is not None and len(positions) <= len(late)
         elif node.op == "call":
             if goes_ahead and late is not None and _must_wait(node, views, late[len(positions) - 1], lasting):
                 goes_ahead = False

@@ -232,7 +232,10 @@ class Builder:
 
     def _install(self, path: Path, state: PathState, inner: Executable, accelerator: bool) -> None:
         executable = inner
-        if accelerator and self.options.backend != "replay":
+        if accelerator and path.program.history is not None:
+            # What a later backward reads must outlive the next launch, and memory of a captured graph does not.
+            self.account.decision("not captured: outputs of this path are differentiated outside the unit")
+        elif accelerator and self.options.backend != "replay":
             captured = self._capture(path.program, inner)
             if captured is None:
                 if not state.tiers and not state.orders:

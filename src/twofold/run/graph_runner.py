@@ -52,7 +52,7 @@ class Installed:
             [value for value in written_roots(segment, program.views) if value in program.statics]
             for segment in program.segments
         ]
-        last = program.segments[-1]
+        last = program.segments[program.unit_segments - 1]
         nodes = tuple(node for node in last.graph.nodes if not is_optimizer_kernel(node))
         early = written_roots(Segment(replace(last.graph, nodes=nodes)), program.views)
         self.host_copies = {
@@ -72,11 +72,19 @@ class Installed:
         read_in_place = set(self.program.positions.values()) - self.host_copies.keys()
         return frozenset(
             index
-            for index, written in enumerate(self.written[:-1])
+            for index, written in enumerate(self.written[: self.program.unit_segments - 1])
             if index > 0
             and index not in read_in_place
             and all(bytes_of(value) <= MAX_UNDONE_BYTES for value in written)
         )
+
+    def value(self, value: Value, environment: Environment) -> torch.Tensor:
+        """Return a value that is in an environment, or is a view of one that is."""
+        if value not in environment:
+            node: Node = self.program.views[value]
+            self.value(node.operands[0], environment)
+            run_node(node, environment)
+        return environment[value]
 
     def save_written(self) -> Callable[[], None]:
         """Copy all that a unit writes to and that outlives it; return how to put it back."""
@@ -155,7 +163,7 @@ class GraphRunner:
         program = self.program
         while self.launched < count:
             index = self.launched
-            is_last = index == len(program.segments) - 1
+            is_last = index == program.unit_segments - 1
             self._save(self.installed.written_early if is_last and not self._saved else self.installed.written[index])
             for value, number in program.feeds.items():
                 if number in self._feeds:
@@ -203,11 +211,7 @@ class GraphRunner:
 
     def value(self, value: Value) -> torch.Tensor:
         """Return a computed value. It aliases memory that the next launch of the path may overwrite."""
-        if value not in self.environment:
-            node: Node = self.program.views[value]
-            self.value(node.operands[0])
-            run_node(node, self.environment)
-        return self.environment[value]
+        return self.installed.value(value, self.environment)
 
     def owned_value(self, value: Value) -> torch.Tensor:
         """Return a computed value that stays as it is: a copy where the executable uses its memory again."""
@@ -229,6 +233,22 @@ class GraphRunner:
         for node in reversed(chain):
             run_node(node, environment)
         return environment[chain[0].results[0]] if chain else tensor
+
+    def residual(self, value: Value) -> torch.Tensor:
+        """Return what a later backward reads: the program's own object, where it is one, or a computed value."""
+        static, feed = self.program.statics.get(value), self.program.feeds.get(value)
+        if static is not None:
+            return static
+        given = None if feed is None else self._given[feed]
+        return given if isinstance(given, torch.Tensor) else self.value(value)
+
+    def given_externals(self) -> dict[int, Any]:
+        """Return the feeds of this unit as the program gave them: tensors and numbers."""
+        return dict(self._given)
+
+    def state_before(self) -> tuple[dict[Value, torch.Tensor], RandomState | None]:
+        """Return copies of the statics that the unit wrote to, and the random generators, as both were before it."""
+        return self._saved, self._random
 
     def commit_gradients(self) -> None:
         """Set `.grad` of all leaves to what eager execution leaves there."""

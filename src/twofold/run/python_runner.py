@@ -18,15 +18,18 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, NUMBER_READS, display_name
+from twofold.capture.history import Layout, Watch
 from twofold.capture.intercept import unheard, user_origin
+from twofold.capture.number_feeds import number_tensor
 from twofold.capture.recorder import Recorder, has_step_hooks
 from twofold.capture.trace import External, Slot, Trace, leaves, map_leaves
-from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
+from twofold.capture.trace_graph import MAX_LAYOUTS, Path, PathNode, Signature, TraceGraph
 from twofold.errors import InternalError
 from twofold.graph import ambient_context
 
 from .account import Account
 from .graph_runner import GraphRunner, Installed, feed_copy
+from .history import History, with_history
 from .placeholders import escaped, fill_placeholder, make_placeholder, recycle, with_freed_history
 
 _TENSOR = torch.Tensor
@@ -54,22 +57,26 @@ class PythonRunner:
         self._recorder: Recorder | None = None
         self._signature: Signature = ()
         self._slots: list[torch.Tensor] = []
-        self._feeds: dict[int, torch.Tensor] = {}
+        self._feeds: dict[int, Any] = {}  # tensors, and numbers that are fed as tensors
         self._copied: dict[int, torch.Tensor] = {}
         self._fetched: list[PathNode] = []
         self._run: GraphRunner | None = None
         self._run_path: Path | None = None
         self._stepping: Optimizer | None = None
+        self._watch: Watch | None = None
 
     # ---- units -------------------------------------------------------------------------------------------
 
     def begin(self, mode: str, signature: Signature) -> None:
         """Start a unit: `follow` the graph, `record`, or `idle`."""
         self._signature = signature
+        if self._watch is not None:
+            self.graph.learn_backward(self._watch)
+            self._watch = None
         if mode == "follow":
             self._node = self.graph.root(signature)
         elif mode == "record":
-            self._recorder = Recorder(self.graph.has_accelerator, self.graph.host_sites)
+            self._recorder = Recorder(self.graph.has_accelerator, self.graph.host_sites, self.graph.number_sites)
 
     @property
     def in_unit(self) -> bool:
@@ -160,7 +167,11 @@ class PythonRunner:
     def _copy_feeds(self, node: PathNode) -> None:
         with unheard():
             for index in node.fed:
-                self._copied[index] = feed_copy(self._feeds[index])
+                given, role = self._feeds[index], node.roles[index - node.first_external]
+                if role.is_number:
+                    self._copied[index] = number_tensor(given, role.spec.dtype, role.spec.device)
+                else:
+                    self._copied[index] = feed_copy(given)
 
     def _resolve(self, reference: Slot | External) -> torch.Tensor:
         if type(reference) is Slot:
@@ -376,7 +387,7 @@ class PythonRunner:
             return False
         run = self._run
         assert run is not None
-        if not self._launch(run, path, len(path.program.segments)):
+        if not self._launch(run, path, path.program.unit_segments):
             return False
         with unheard():
             with torch.no_grad():
@@ -411,18 +422,23 @@ class PythonRunner:
     def _check_borrowed(self, path: Path) -> None:
         for index, copied in self._copied.items():
             tensor = self._feeds[index]
+            if not isinstance(tensor, _TENSOR):
+                continue
             if copied is not tensor and not tensor.untyped_storage().resizable() and not torch.equal(tensor, copied):
                 path.blocked = "mutated_outside"
                 self.account.fallback("mutated_outside", "the NumPy array behind a tensor changed within a unit")
 
     def _hand_out(self, path: Path, run: GraphRunner, alive: list[int]) -> None:
         """Give the placeholders that Python holds their values; the objects used up become placeholders in turn."""
+        differentiable = self._with_history(path, run, alive)
         for index in alive:
             placeholder = self._slots[index]
             made = self._placeholders[id(placeholder)][1]
             with torch.no_grad():
                 value = run.owned_value(path.program.escapes[index])
-            if made.requires_grad:
+            if index in differentiable:
+                value = differentiable[index]
+            elif made.requires_grad:
                 if made.grad_function:
                     value = with_freed_history(value, made.grad_function)
                 else:
@@ -432,9 +448,40 @@ class PythonRunner:
             again = recycle(value, made, self._placeholders)
             node.placeholders[index - node.event.first_slot] = again  # type: ignore[union-attr]
 
+    def _with_history(self, path: Path, run: GraphRunner, alive: list[int]) -> dict[int, torch.Tensor]:
+        """Return the values of outputs that a backward outside the unit may differentiate, all of them at once."""
+        plan = path.program.history
+        if plan is None or not set(plan.outputs) & set(alive):
+            return {}
+        made = [self._placeholders[id(self._slots[index])][1] for index in plan.outputs]
+        with torch.no_grad():
+            outputs = [run.owned_value(path.program.escapes[index]) for index in plan.outputs]
+        names = [str(one.grad_function) for one in made]
+        history = History(path, run, self._learn_layout)
+        return dict(zip(plan.outputs, with_history(history, run, outputs, names), strict=True))
+
+    def _learn_layout(self, path: Path, layout: Layout | None) -> None:
+        """A backward came in a way that the graph of its unit does not know: learn it, or give up."""
+        if layout is None:
+            self.graph.differentiated_twice = True
+            path.blocked, path.executable = "double_backward", None
+            self.account.fallback("double_backward", "gradients of gradients, or sparse ones, are taken of an output")
+        elif len(self.graph.layouts) >= MAX_LAYOUTS:
+            path.blocked, path.executable = "history_escapes", None
+            self.account.fallback("history_escapes", f"backward came in more than {MAX_LAYOUTS} ways")
+        else:
+            path.stale = True
+            self.graph.layouts[layout] = None
+            self.account.fallback("new_path", "backward reached the outputs of a unit in a way not seen before")
+
     def _finish_trace(self) -> None:
+        assert self._recorder is not None
+        if self.graph.differentiated_twice:
+            self._recorder.refuse_history()
+        else:
+            self._recorder.record_history(self.graph.layouts)
         recorder, self._recorder = self._recorder, None
-        assert recorder is not None
+        self._watch = recorder.watch
         self._reset()
         with unheard():
             trace = recorder.finish()
@@ -456,7 +503,7 @@ class PythonRunner:
             with unheard(), torch.no_grad():
                 self._run.discard()
             self._run = None
-        recorder = self._recorder = Recorder(self.graph.has_accelerator, self.graph.host_sites)
+        recorder = self._recorder = Recorder(self.graph.has_accelerator, self.graph.host_sites, self.graph.number_sites)
         try:
             for step in reversed(list(node.walk_back())):
                 self._repeat(recorder, step)

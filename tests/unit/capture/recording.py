@@ -32,13 +32,21 @@ def record(
     program: Callable[[], Any],
     host_sites: frozenset[tuple[Any, Origin | None]] = frozenset(),
     host_device_only: bool = False,
+    number_sites: frozenset[tuple[Any, Origin | None]] = frozenset(),
+    with_history: bool = False,
 ) -> Trace:
-    """Run `program` as one unit; what it returns is what Python still holds when the unit ends."""
-    recorder = Recorder(host_device_only, host_sites)
+    """Run `program` as one unit; what it returns is what Python still holds when the unit ends.
+
+    `with_history`: record the derivative of what it returns too.
+    """
+    recorder = Recorder(host_device_only, host_sites, number_sites)
     interception = Interception(Heard(recorder))
     interception.start()
     try:
         held = program()
+        if with_history:
+            with torch._C.DisableTorchFunction():
+                recorder.record_history(())
     finally:
         interception.stop()
     with unheard():
@@ -50,7 +58,7 @@ def record(
 def merge(graph: TraceGraph, program: Callable[[], Any]) -> Path | None:
     """Record `program` as a driver would and merge the trace."""
     signature = graph.signature()
-    return graph.merge(record(program, graph.host_sites), signature)
+    return graph.merge(record(program, graph.host_sites, number_sites=graph.number_sites), signature)
 
 
 def recorded_path(program: Callable[[], Any], graph: TraceGraph | None = None) -> Path:

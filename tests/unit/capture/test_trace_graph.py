@@ -153,9 +153,49 @@ def test_a_site_that_computes_with_the_unit_is_none():
     graph = TraceGraph()
     x = torch.ones(2)
     for constant in range(MAX_SITE_VARIANTS + 2):
-        merged(graph, lambda c=constant: x.exp() * c)
+        merged(graph, lambda c=constant: x.exp().roll(c))
     assert graph.host_sites == frozenset()
     assert len(graph.paths) == MAX_SITE_VARIANTS + 2
+
+
+def test_a_number_that_changes_becomes_a_feed():
+    graph = TraceGraph()
+    x = torch.ones(2)
+    numbers = iter(range(100))
+
+    def program() -> torch.Tensor:
+        hidden = x.exp() * next(numbers)
+        return (hidden + 0.5) - next(numbers)
+
+    for _ in range(MAX_SITE_VARIANTS - 1):
+        merged(graph, program)
+    assert merge(graph, program) is None
+    assert graph.paths == []
+    functions = {function for function, _ in graph.number_sites}
+    assert functions == {torch.Tensor.mul, torch.Tensor.sub}, "the numbers further on are learned with the first"
+    path = merged(graph, program)
+    assert merged(graph, program) is path
+    assert [len(node.fed) for node in path.nodes] == [0, 1, 0, 1]
+    assert path.trace.fed_numbers == {1, 2}
+
+
+def test_a_number_and_a_tensor_in_its_place_are_two_paths():
+    graph = TraceGraph()
+    x = torch.ones(2)
+    given = (*range(MAX_SITE_VARIANTS), 2, 3, torch.tensor(2.0), torch.tensor(3.0))
+    *_, first, second, third, fourth = [merge(graph, lambda factor=factor: x * factor) for factor in given]
+    assert first is second is not None
+    assert third is fourth is not None
+    assert len(graph.paths) == 2
+
+
+def test_few_numbers_stay_constants():
+    graph = TraceGraph()
+    x = torch.ones(2)
+    for number in (0.5, 2.0, 0.5, 2.0, 0.5):
+        merged(graph, lambda n=number: x.exp() * n)
+    assert graph.number_sites == frozenset()
+    assert len(graph.paths) == 2
 
 
 # ---- build_match -----------------------------------------------------------------------------------------------
@@ -189,6 +229,22 @@ def test_match_of_function_and_modes():
     assert not cast.match(torch.exp, (x,), {}, [], {})
     with torch.autocast("cpu", torch.float16):
         assert not cast.match(torch.exp, (x,), {}, [], {})
+
+
+def test_match_of_a_number():
+    x = torch.ones(4)
+    graph = TraceGraph()
+    for number in (0.5, 1.5, 2.5, 3.5):
+        path = merge(graph, lambda n=number: x.exp() * n)
+    assert path is not None
+    node = path.nodes[-1]
+    hidden = torch.ones(4)
+    bound: Bound = {}
+    assert accepts(node, hidden, 7.25, slots=[hidden], bound=bound)
+    assert list(bound.values()) == [7.25]
+    assert accepts(node, hidden, 3, slots=[hidden])
+    for other in (True, 1j, "1", None, torch.tensor(1.0), 2**60):
+        assert not accepts(node, hidden, other, slots=[hidden])
 
 
 def test_match_of_constants():

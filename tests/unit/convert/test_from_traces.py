@@ -319,3 +319,52 @@ def test_effects_of_the_interpreted_graph():
 
     faulty = replace(program.graph, nodes=tuple(n for n in program.graph.nodes if "add_" not in str(n.target)))
     assert run_reference(program, {0: given[0]}, faulty).effects == ()
+
+
+# ---- histories -------------------------------------------------------------------------------------------------
+
+
+def path_with_history(unit: Callable[[], Any]) -> Path:
+    """The path of a forward whose derivative was recorded with it."""
+    trace = record(unit, with_history=True)
+    graph = TraceGraph()
+    path = graph.merge(trace, graph.signature())
+    assert path is not None
+    return path
+
+
+def test_a_backward_is_a_segment_behind_those_of_the_unit():
+    weight, x = torch.randn(3, requires_grad=True), torch.randn(3)
+    program = build_program(path_with_history(lambda: (x * weight).tanh()), exact=True)
+    assert (len(program.segments), program.unit_segments) == (2, 1)
+    history = program.history
+    assert history is not None
+    (plan,) = history.backwards.values()
+    assert plan.segment == 1
+    assert [history.externals[index] is weight for index in history.inputs] == [True]
+    targets = [str(node.target) for node in program.segments[1].graph.nodes]
+    assert targets == ["aten.tanh_backward.default", "aten.mul.Tensor"]
+    assert set(history.residuals) <= {*program.segments[0].outputs, *program.statics, *program.feeds}
+    assert not {tangent for tangent in plan.tangents if tangent} & set(history.residuals)
+
+
+def test_running_statistics_are_no_residuals():
+    norm = torch.nn.BatchNorm1d(3)
+    x = torch.randn(4, 3)
+    program = build_program(path_with_history(lambda: norm(x)), exact=True)
+    assert program.history is not None
+    kept = [program.statics.get(value) for value in program.history.residuals]
+    assert not any(tensor is norm.running_mean or tensor is norm.running_var for tensor in kept)
+
+
+@pytest.mark.parametrize("unit", ["two views", "detached", "of the input"])
+def test_outputs_that_share_memory_have_no_graph(unit: str):
+    weight = torch.randn(4, requires_grad=True)
+
+    def run() -> Any:
+        if unit == "of the input":
+            return weight.view(2, 2)
+        hidden = weight.exp()
+        return hidden.chunk(2) if unit == "two views" else (hidden, hidden.detach())
+
+    assert refusal_of(path_with_history(run)) == "history_escapes"
