@@ -110,9 +110,11 @@ def _differentiate_table(activity: Activity, root: GraphBuilder, known: Known) -
     directions = {
         name: (_declare_forward(root, body), _declare_backward(root, body, activity))
         for name, body in subgraphs.items()
-        if any(map(activity.differentiable, body.outputs))
+        if any(map(activity.carries, body.outputs))
     }
-    originals = {name: _declare(root, name, body.inputs, map(spec_of, body.outputs)) for name, body in subgraphs.items()}
+    originals = {
+        name: _declare(root, name, body.inputs, map(spec_of, body.outputs)) for name, body in subgraphs.items()
+    }
     table: dict[str, SubGraph] = {}
     for name, (forward, backward) in directions.items():
         there, back = _differentiate_body(activity, subgraphs[name], forward, backward, dict(known))
@@ -134,10 +136,18 @@ def _declare_forward(root: GraphBuilder, body: SubGraph) -> SubGraphBuilder:
 
 
 def _declare_backward(root: GraphBuilder, body: SubGraph, activity: Activity) -> SubGraphBuilder:
-    outputs = filter(activity.differentiable, body.outputs)
-    sources = [*filter(activity.differentiable, body.inputs), *activity.reads_of(body.name)]
-    specs = [None, *map(gradient_spec, outputs)]
-    return root.declare(f"{body.name}.backward", specs, [*map(gradient_spec, sources)])
+    given = {
+        f"d_{place}": gradient_spec(output)
+        for place, output in enumerate(body.outputs)
+        if activity.differentiable(output)
+    }
+    returned = map(gradient_spec, _sources(body, activity))
+    return root.declare(f"{body.name}.backward", {"residuals": None} | given, list(returned))
+
+
+def _sources(body: SubGraph, activity: Activity) -> list[Value]:
+    """Return what an invocation of a SubGraph has gradients for."""
+    return [*filter(activity.differentiable, body.inputs), *activity.reads_of(body.name)]
 
 
 def _differentiate_body(
@@ -148,8 +158,7 @@ def _differentiate_body(
     inner = Body(activity, forward, backward, residuals, known)
     outputs = inner.run(body)
     pairs = zip(filter(activity.differentiable, body.outputs), cotangents, strict=True)
-    sources = [*filter(activity.differentiable, body.inputs), *activity.reads_of(body.name)]
-    gradients = inner.differentiate(pairs, sources)
+    gradients = inner.differentiate(pairs, _sources(body, activity))
     return forward.finish([*outputs, inner.kept]), backward.finish(gradients)
 
 

@@ -21,7 +21,7 @@ import torch
 from .autodiff_activity import Activity
 from .autodiff_calls import DifferentiationError, constant, leaf, pullback
 from .build import SubGraphBuilder
-from .ir import Ambient, Argument, Node, SubGraph, TensorSpec, Value, all_nodes, map_values
+from .ir import Ambient, Argument, Node, SubGraph, TensorSpec, Value, map_values
 from .ops import CONTROL_FLOW
 from .verify import describe
 
@@ -107,7 +107,7 @@ class Body:
         """Append the nodes of a body, whose inputs are known, and return its outputs."""
         region: list[Node] = []
         for node in body.nodes:
-            if node.op in CONTROL_FLOW and any(map(self._activity.differentiable, node.results)):
+            if node.op in CONTROL_FLOW and any(map(self._activity.carries, node.results)):
                 self._region(region)
                 region = []
                 self._control_flow(node)
@@ -145,7 +145,7 @@ class Body:
 
         for node in nodes:
             carries = any(map(self._activity.carries, node.results))
-            inside.update(dict.fromkeys(_defined(node)))
+            inside.update(dict.fromkeys(node.results))
             copy_node(node, self._forward, self._known, read if carries else self._known.__getitem__)
         entered = {value: entry for value, entry in leaves.items() if value.spec is not None}
         if entered:
@@ -155,7 +155,9 @@ class Body:
         known, spec = self._known[value], value.spec
         if spec is None:
             return self._forward.call(constant, known, name=value.name, result=None)
-        return self._forward.call(leaf, known, result=TensorSpec(spec.shape, spec.dtype, spec.device, True, spec.stride))
+        return self._forward.call(
+            leaf, known, result=TensorSpec(spec.shape, spec.dtype, spec.device, True, spec.stride)
+        )
 
     def _region_back(self, nodes: Sequence[Node], made: Iterable[Value], leaves: Known) -> None:
         reached = [value for value in made if value in self._cotangents]
@@ -239,7 +241,9 @@ class Body:
                 sums = [self._take(value) for value in reads]
                 given = [self._keep(stack), *cotangents, *sums]
                 bodies = [*([] if first else [self._is_left(given)]), backward]
-                self._emit_back(node, None, [*map(self._keep, arguments[:first]), *given], bodies, receivers, stack=True)
+                self._emit_back(
+                    node, None, [*map(self._keep, arguments[:first]), *given], bodies, receivers, stack=True
+                )
 
         self._steps.append(back)
 
@@ -359,14 +363,3 @@ class Body:
         """Return the gradients of a node's differentiable results; none if none of them has any."""
         results = [*filter(self._activity.differentiable, node.results)]
         return [self._take(value) for value in results] if not self._cotangents.keys().isdisjoint(results) else []
-
-
-def _defined(node: Node) -> Iterable[Value]:
-    """Yield the values that a node defines, in its bodies too."""
-    yield from node.results
-    for body in node.subgraphs:
-        yield from body.inputs
-        for inner in all_nodes(body):
-            yield from inner.results
-            for nested in inner.subgraphs:
-                yield from nested.inputs
