@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from twofold.errors import TwofoldError
 
-class DifferentiationError(Exception):
+
+class DifferentiationError(TwofoldError):
     """A graph, or a value met while it runs, has no derivative here; the message says what to write instead."""
 
 
