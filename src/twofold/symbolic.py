@@ -189,6 +189,7 @@ class Tracer(TorchFunctionMode):
 
     def _probe(self, leaf: Any, number: int) -> Any:
         if isinstance(leaf, SymbolicTensor):
+            self.value_of(leaf)  # that it may be used here
             return leaf.probes[number % len(leaf.probes)]
         if isinstance(leaf, torch.Tensor):
             return self._fake.from_tensor(leaf, static_shapes=True)

@@ -30,7 +30,11 @@ def if_(predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -
     )
     if structure != other:
         raise DeclarationError(f"if_: expected the same structure of both branches, got {structure} and {other}")
-    specs = [_joined(a, b, f"if_: result {n}") for n, (a, b) in enumerate(zip(values, others, strict=True))]
+    pairs = [(_tensor_spec(a), _tensor_spec(b)) for a, b in zip(values, others, strict=True)]
+    for place, (one, two) in enumerate(pairs):
+        if not one.agrees_with(two):
+            raise _different(f"if_: result {place}", one, two)
+    specs = [_joined(one, two) for one, two in pairs]
     subgraphs = [body.finish(each) for body, each in zip(bodies, (values, others), strict=True)]
     results = tracer.body.node("if", None, [chosen], None, specs, subgraphs, user_origin())
     return pytree.tree_unflatten([tracer.symbol(value) for value in results], structure)
@@ -55,14 +59,17 @@ def _while(
     tracer: Tracer, condition: Callable[..., Any], body: Callable[..., Any], carried: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
     start = [tracer.value_of(each) for each in carried]
-    specs = [value.spec for value in start]
+    specs = [_tensor_spec(value) for value in start]
     while True:  # until no size turns out to differ between iterations
         builder = tracer.body.body("body")
         inputs = [builder.input(None, spec) for spec in specs]
         values, _ = _traced(tracer, builder, lambda *given: _as_tuple(body(*given)), inputs)
         if len(values) != len(start):
             raise DeclarationError(f"while_: expected {len(start)} carried tensors from the body, got {len(values)}")
-        wider = [_joined(a, b, f"while_: tensor {n}") for n, (a, b) in enumerate(zip(inputs, values, strict=True))]
+        for place, (spec, value) in enumerate(zip(specs, values, strict=True)):
+            if not _unsized(spec).agrees_with(_tensor_spec(value)):
+                raise _different(f"while_: tensor {place}", spec, value.spec)
+        wider = [_joined(spec, _tensor_spec(value)) for spec, value in zip(specs, values, strict=True)]
         if wider == specs:
             break
         specs = wider
@@ -89,13 +96,23 @@ def _traced(
         return [tracer.value_of(each) for each in tensors(leaves, f"body {builder.name}: result")], structure
 
 
-def _joined(a: Value, b: Value, where: str) -> TensorSpec:
-    """Return what is known of a tensor that is one of two."""
-    one, two = a.spec, b.spec
-    if one is None or two is None or not one.agrees_with(two):
-        raise DeclarationError(f"{where}: expected the same spec either way, got {one} and {two}")
+def _tensor_spec(value: Value) -> TensorSpec:
+    assert value.spec is not None
+    return TensorSpec(value.spec.shape, value.spec.dtype, value.spec.device)
+
+
+def _unsized(spec: TensorSpec) -> TensorSpec:
+    return TensorSpec((None,) * len(spec.shape), spec.dtype, spec.device)
+
+
+def _joined(one: TensorSpec, two: TensorSpec) -> TensorSpec:
+    """Return what is known of a tensor that is one of two: a size that differs is unknown."""
     shape = tuple(size if size == other else None for size, other in zip(one.shape, two.shape, strict=True))
-    return TensorSpec(shape, one.dtype, one.device, False, one.stride if one.stride == two.stride else None)
+    return TensorSpec(shape, one.dtype, one.device)
+
+
+def _different(where: str, one: TensorSpec, two: TensorSpec | None) -> DeclarationError:
+    return DeclarationError(f"{where}: expected the same spec either way, got {one} and {two}")
 
 
 def _check_predicate(value: Value, where: str) -> None:
