@@ -1,6 +1,10 @@
 """SubGraphs built by hand, against plain recursion in PyTorch; and what is said of mistakes."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import twofold
-from twofold import DeclarationError, DeclaredSubGraph, if_, show, while_
-from twofold.graph import equivalent, parse
+from tests.unit.graph.test_autodiff_properties import changed, confuse_invocations
+from twofold import DeclarationError, DeclaredSubGraph, declare, if_, show, while_
+from twofold.graph import Graph, equivalent, parse
+from twofold.graph.autodiff import Derivative, differentiate
 from twofold.graph.autodiff_calls import DifferentiationError
 
 Shape = tuple[list[int], list[int]]
@@ -136,6 +142,24 @@ def test_tree_lstm_over_index_arrays(model: tuple[TreeLSTM, DeclaredSubGraph], s
     h_plain, c_plain = network.plain(shape, words, 0)
     leaves = [parameter for parameter in network.parameters() if parameter.requires_grad]
     same_gradients((h * c).sum(), (h_plain * c_plain).sum(), leaves)
+
+
+def test_the_oracle_sees_residuals_of_the_wrong_invocation(monkeypatch: pytest.MonkeyPatch):
+    def faulty(graph: Graph, inputs: tuple[int, ...]) -> Derivative:
+        derivative = differentiate(graph, inputs)
+        return replace(derivative, backward=changed(derivative.backward, confuse_invocations))
+
+    monkeypatch.setattr(declare, "differentiate", faulty)
+    torch.manual_seed(0)
+    network = TreeLSTM(words=5, hidden=4)
+    encode = network.declare(4)
+    shape = ([1, -1, 3, -1, -1], [2, -1, 4, -1, -1])
+    words = torch.arange(5)
+    h, c = encode(torch.tensor(0), *map(torch.tensor, shape), words)
+    h_plain, c_plain = network.plain(shape, words, 0)
+    leaves = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    with pytest.raises(AssertionError):
+        same_gradients((h * c).sum(), (h_plain * c_plain).sum(), leaves)
 
 
 def test_parameters_change_between_calls_and_train(model: tuple[TreeLSTM, DeclaredSubGraph]):
@@ -328,3 +352,12 @@ def test_writes_run_and_are_refused_where_gradients_are_wanted():
 
 def test_public_names():
     assert {"DeclaredSubGraph", "if_", "while_", "TensorSpec", "DeclarationError", "show"} <= set(twofold.__all__)
+
+
+@pytest.mark.slow
+def test_the_example_learns():
+    example = Path(__file__).parents[2] / "examples" / "explicit_recursion.py"
+    command = [sys.executable, str(example), "--steps", "50"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    *_, right = done.stdout.split()
+    assert float(right) > 0.7
