@@ -44,6 +44,7 @@ def while_(condition: Callable[..., Any], body: Callable[..., Any], *carried: to
     """Return the carried tensors after `carried = body(*carried)` was done as long as `condition(*carried)` holds.
 
     `body` returns as many tensors as it is given, of the same specs; a single one may be returned as it is.
+    It is run more than once when a size turns out to differ between iterations.
     Outside a body this is an ordinary `while`. Raises `DeclarationError`.
     """
     tracer = Tracer.active()

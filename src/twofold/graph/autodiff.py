@@ -25,6 +25,17 @@ from .ops import CONTROL_FLOW
 from .passes import eliminate_dead_code
 from .verify import describe, verify
 
+_DRAWS = (
+    torch.nn.functional.dropout,
+    torch.rand,
+    torch.rand_like,
+    torch.randn,
+    torch.randn_like,
+    torch.bernoulli,
+    torch.normal,
+)
+"""Functions that draw random numbers and do not write; `inplace` would be the fourth argument."""
+
 
 @dataclass(frozen=True, slots=True)
 class Derivative:
@@ -54,7 +65,7 @@ def differentiate(
 ) -> Derivative:
     """Differentiate outputs of a graph by inputs, both by position; by default all that are floating or complex.
 
-    Raises `DifferentiationError` for what writes or draws random numbers, for positions that have no
+    Raises `DifferentiationError` for what writes or has an unknown effect, for positions that have no
     derivative, and for differentiated tensors that enter or leave a body inside a container.
     """
     _refuse_effects(graph)
@@ -87,11 +98,18 @@ def differentiate(
 def _refuse_effects(graph: Graph) -> None:
     for body in (graph, *graph.subgraphs.values()):
         for node in all_nodes(body):
-            if node.op not in CONTROL_FLOW | {"fetch", "assert"} and has_effect(node):
+            if node.op not in CONTROL_FLOW | {"fetch", "assert"} and has_effect(node) and not _only_draws(node):
                 raise DifferentiationError(
-                    f"{describe(node)}: expected an operation without effect in a graph that is differentiated;"
-                    " compute a new tensor in place of writing to one, and pass random numbers in as an input"
+                    f"{describe(node)}: expected an operation that neither writes nor has an unknown effect in a"
+                    " graph that is differentiated; compute a new tensor in place of writing to one"
                 )
+
+
+def _only_draws(node: Node) -> bool:
+    """Say whether the only effect is on the random state: the forward graph runs it once, as the graph does."""
+    keywords = dict(node.keywords)
+    writes = keywords.get("out") is not None or keywords.get("inplace", False) is not False
+    return not writes and len(node.arguments) <= 3 and any(node.target is draw for draw in _DRAWS)
 
 
 def _positions(arguments: Sequence[Argument], asked: Sequence[int] | None, kind: str) -> tuple[int, ...]:
