@@ -28,6 +28,7 @@ from twofold.capture.intercept import user_origin
 from twofold.capture.recorder import current_ambient
 from twofold.errors import TwofoldError
 from twofold.graph import Constant, GraphBuilder, SubGraphBuilder, TensorSpec, Value
+from twofold.graph.effects import target_has_effect
 from twofold.graph.ir import SCALAR_TYPES
 
 _SIZES: Final = (8191, 10007)
@@ -53,8 +54,13 @@ class SymbolicTensor(torch.Tensor):
     def of(value: Value, owner: SubGraphBuilder, probes: tuple[torch.Tensor, ...]) -> SymbolicTensor:
         """Stand for a value of the body that `owner` builds; `probes` have its shape, one for each size tried."""
         first = probes[0]
+        # It requires gradients so that what goes past the tracer, a custom autograd.Function, leaves its mark.
         made: SymbolicTensor = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            SymbolicTensor, first.shape, dtype=first.dtype, device=first.device
+            SymbolicTensor,
+            first.shape,
+            dtype=first.dtype,
+            device=first.device,
+            requires_grad=first.dtype.is_floating_point or first.dtype.is_complex,
         )
         made.value, made.owner, made.probes = value, owner, probes
         return made
@@ -120,15 +126,21 @@ class Tracer(TorchFunctionMode):
 
     def value_of(self, tensor: torch.Tensor) -> Value:
         """Return the value that a symbolic tensor, or an outer reference, stands for here."""
-        if isinstance(tensor, SymbolicTensor):
-            if not any(tensor.owner is body for body in self._bodies):
-                raise DeclarationError(
-                    f"%{tensor.value.name} belongs to the body {tensor.owner.name}, which is not being built here:"
-                    " return it from there, or pass it as an argument"
-                )
-            return tensor.value
         with torch._C.DisableTorchFunction():
-            return self._capture(tensor)
+            return self._own(tensor) if isinstance(tensor, SymbolicTensor) else self._capture(tensor)
+
+    def _own(self, tensor: SymbolicTensor) -> Value:
+        if tensor.grad_fn is not None:
+            raise DeclarationError(
+                f"{user_origin()}: the derivative of a custom autograd.Function, {tensor.grad_fn.name()}, cannot be"
+                " part of a graph; write it with torch functions alone"
+            )
+        if not any(tensor.owner is body for body in self._bodies):
+            raise DeclarationError(
+                f"%{tensor.value.name} belongs to the body {tensor.owner.name}, which is not being built here:"
+                " return it from there, or pass it as an argument"
+            )
+        return tensor.value
 
     def _capture(self, tensor: torch.Tensor) -> Value:
         if id(tensor) not in self.captured:
@@ -151,25 +163,19 @@ class Tracer(TorchFunctionMode):
         if not any(isinstance(leaf, torch.Tensor) for leaf in found):
             if any(result != results[0] for result in results[1:]):
                 raise self._unknown(func)
+            if any(isinstance(leaf, torch.Tensor) for leaf in leaves) and target_has_effect(func):
+                self._append(func, leaves, tree, [])
             return results[0]
         if any(other != structure for _, other in probed[1:]):
             raise self._unknown(func)
         columns = list(zip(*(found for found, _ in probed), strict=True))
-        tensors = [column for column in columns if isinstance(column[0], torch.Tensor)]
+        specs = [_spec(column) for column in columns if isinstance(column[0], torch.Tensor)]
+        values = iter(self._append(func, leaves, tree, specs))
+        return pytree.tree_unflatten([self._made(column, values) for column in columns], structure)
+
+    def _append(self, func: Any, leaves: Sequence[Any], tree: Any, specs: Sequence[TensorSpec]) -> tuple[Value, ...]:
         arguments, keywords = pytree.tree_unflatten([self._argument(leaf) for leaf in leaves], tree)
-        values = iter(
-            self.body.node(
-                "call",
-                func,
-                arguments,
-                keywords,
-                [_spec(column) for column in tensors],
-                origin=user_origin(),
-                ambient=current_ambient(),
-            )
-        )
-        made = [self._made(column, values) for column in columns]
-        return pytree.tree_unflatten(made, structure)
+        return self.body.node("call", func, arguments, keywords, specs, origin=user_origin(), ambient=current_ambient())
 
     def _results(self, func: Any, leaves: Sequence[Any], tree: Any) -> list[Any]:
         """Run an operation on shapes alone, once for each size that unknown dimensions are tried with."""

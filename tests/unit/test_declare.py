@@ -334,6 +334,44 @@ def test_symbolic_tensors_do_not_leave_their_body():
         other(torch.tensor(1.0))
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 3
+
+
+def test_custom_functions_are_refused():
+    weight = torch.ones(2, requires_grad=True)
+    for body in (lambda x: Doubled.apply(x), lambda x: x + Doubled.apply(x * weight).exp()):
+        custom = declared("f32[2]", outputs=("f32[2]",))
+        custom.define(body)
+        with pytest.raises(DeclarationError, match=r"custom autograd.Function, DoubledBackward"):
+            custom(torch.ones(2))
+
+
+def test_modules_and_random_draws_are_eagers():
+    torch.manual_seed(0)
+    cell, dropout, norm = nn.LSTMCell(4, 4), nn.Dropout(0.3), nn.LayerNorm(4)
+
+    def plain(x: Tensor) -> Tensor:
+        h, c = cell(norm(x), (x, x))
+        states = torch.stack((dropout(h), c))
+        return nn.functional.scaled_dot_product_attention(states, states, states)[0]
+
+    graph = declared("f32[?,4]", outputs=("f32[?,4]",))
+    graph.define(plain)
+    x = torch.randn(3, 4, requires_grad=True)
+    results = []
+    for function in (graph, plain):
+        torch.manual_seed(1)
+        results.append(function(x).sum())
+    same_gradients(*results, [x, *cell.parameters(), *norm.parameters()])
+
+
 def test_tensors_with_history_are_no_outer_references():
     scaled = torch.ones(2, requires_grad=True) * 2
     stale = declared("f32[2]", outputs=("f32[2]",))
@@ -343,13 +381,19 @@ def test_tensors_with_history_are_no_outer_references():
 
 
 def test_writes_run_and_are_refused_where_gradients_are_wanted():
-    add = declared("f32[2]", outputs=("f32[2]",))
-    add.define(lambda x: x.clone().add_(1))
-    assert torch.equal(add(torch.ones(2)), torch.full((2,), 2.0))
+    def write(x: Tensor) -> Tensor:
+        y = x.clone()
+        y[0] = 5
+        y += 1
+        return y
+
+    graph = declared("f32[2]", outputs=("f32[2]",))
+    graph.define(write)
+    assert torch.equal(graph(torch.ones(2)), write(torch.ones(2)))
     with pytest.raises(
-        DifferentiationError, match=r"add_ .*test_declare.py:\d+.*expected an operation that neither writes"
+        DifferentiationError, match=r"__setitem__ .*test_declare.py:\d+.*expected an operation that neither"
     ):
-        add(torch.ones(2, requires_grad=True))
+        graph(torch.ones(2, requires_grad=True))
 
 
 def test_public_names():

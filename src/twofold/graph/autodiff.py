@@ -27,14 +27,18 @@ from .verify import describe, verify
 
 _DRAWS = (
     torch.nn.functional.dropout,
+    torch.nn.functional.multi_head_attention_forward,
+    torch.nn.functional.scaled_dot_product_attention,
+    torch.bernoulli,
+    torch.gru,
+    torch.lstm,
+    torch.normal,
     torch.rand,
     torch.rand_like,
     torch.randn,
     torch.randn_like,
-    torch.bernoulli,
-    torch.normal,
 )
-"""Functions that draw random numbers and do not write; `inplace` would be the fourth argument."""
+"""Functions that may draw random numbers and write to nothing, unless asked to by `out` or `inplace`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +112,9 @@ def _refuse_effects(graph: Graph) -> None:
 def _only_draws(node: Node) -> bool:
     """Say whether the only effect is on the random state: the forward graph runs it once, as the graph does."""
     keywords = dict(node.keywords)
-    writes = keywords.get("out") is not None or keywords.get("inplace", False) is not False
-    return not writes and len(node.arguments) <= 3 and any(node.target is draw for draw in _DRAWS)
+    inplace = node.arguments[3:] if node.target is torch.nn.functional.dropout else ()
+    writes = keywords.get("out") is not None or keywords.get("inplace", False) is not False or inplace
+    return not writes and any(node.target is draw for draw in _DRAWS)
 
 
 def _positions(arguments: Sequence[Argument], asked: Sequence[int] | None, kind: str) -> tuple[int, ...]:
