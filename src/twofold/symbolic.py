@@ -1,8 +1,8 @@
 """Tensors without values: running a Python function on them writes down what it does as the body of a SubGraph.
 
 While a body is built, a torch-function mode sees each tensor operation, works out what its results look like and
-appends a node. The shapes come from FakeTensor. An unknown dimension is tried with two sizes: what differs
-between the two is unknown in the result too, and a Python number that differs (`len`, `size`) cannot be known.
+appends a node. The shapes come from FakeTensor. An unknown dimension is tried with several sizes: what differs
+between them is unknown in the result too, and a Python number that differs (`len`, `size`) cannot be known.
 
 Real tensors that the function uses become inputs of the graph: outer references, as in Jeong et al., "Improving
 the Expressivity of Deep Learning Frameworks with Recursion" (EuroSys 2018).
@@ -31,8 +31,12 @@ from twofold.graph import Constant, GraphBuilder, SubGraphBuilder, TensorSpec, V
 from twofold.graph.effects import target_has_effect
 from twofold.graph.ir import SCALAR_TYPES
 
-_SIZES: Final = (8191, 10007)
-"""What unknown dimensions are tried with: two primes that no model has."""
+_SIZES: Final = (8191, 10007, 0, 1, 2, 3)
+"""What unknown dimensions are tried with: primes that no model has, which every operation must take, and small
+sizes, at which `x[:3]` and `squeeze` differ. A small one that an operation does not take is left out from there on.
+"""
+
+_MUST_WORK: Final = 2
 
 _INTEGERS: Final = frozenset({torch.int64, torch.int32, torch.int16, torch.int8})
 
@@ -48,12 +52,16 @@ class SymbolicTensor(torch.Tensor):
 
     value: Value
     owner: SubGraphBuilder
-    probes: tuple[torch.Tensor, ...]
+    probes: tuple[torch.Tensor | None, ...]
 
     @staticmethod
-    def of(value: Value, owner: SubGraphBuilder, probes: tuple[torch.Tensor, ...]) -> SymbolicTensor:
-        """Stand for a value of the body that `owner` builds; `probes` have its shape, one for each size tried."""
+    def of(value: Value, owner: SubGraphBuilder, probes: tuple[torch.Tensor | None, ...]) -> SymbolicTensor:
+        """Stand for a value of the body that `owner` builds.
+
+        `probes` have its shape: one, or one for each size that unknown dimensions are tried with.
+        """
         first = probes[0]
+        assert first is not None
         # It requires gradients so that what goes past the tracer, a custom autograd.Function, leaves its mark.
         made: SymbolicTensor = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
             SymbolicTensor,
@@ -158,18 +166,16 @@ class Tracer(TorchFunctionMode):
         """Append a node for an operation; answer from the shapes where no tensor results."""
         leaves, tree = pytree.tree_flatten((args, kwargs or {}))
         results = self._results(func, leaves, tree)
-        probed = [pytree.tree_flatten(result) for result in results]
-        found, structure = probed[0]
-        if not any(isinstance(leaf, torch.Tensor) for leaf in found):
-            if any(result != results[0] for result in results[1:]):
-                raise self._unknown(func)
-            if any(isinstance(leaf, torch.Tensor) for leaf in leaves) and target_has_effect(func):
-                self._append(func, leaves, tree, [])
-            return results[0]
-        if any(other != structure for _, other in probed[1:]):
+        (found, structure), *others = [each for each in results if each is not None]
+        if any(other != structure for _, other in others):
             raise self._unknown(func)
-        columns = list(zip(*(found for found, _ in probed), strict=True))
+        columns = list(zip(*(each[0] if each else [None] * len(found) for each in results), strict=True))
+        if not all(map(_consistent, columns)):
+            raise self._unknown(func)
         specs = [_spec(column) for column in columns if isinstance(column[0], torch.Tensor)]
+        on_tensors = any(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        if not specs and not (on_tensors and target_has_effect(func)):
+            return pytree.tree_unflatten(found, structure)
         values = iter(self._append(func, leaves, tree, specs))
         return pytree.tree_unflatten([self._made(column, values) for column in columns], structure)
 
@@ -177,26 +183,37 @@ class Tracer(TorchFunctionMode):
         arguments, keywords = pytree.tree_unflatten([self._argument(leaf) for leaf in leaves], tree)
         return self.body.node("call", func, arguments, keywords, specs, origin=user_origin(), ambient=current_ambient())
 
-    def _results(self, func: Any, leaves: Sequence[Any], tree: Any) -> list[Any]:
-        """Run an operation on shapes alone, once for each size that unknown dimensions are tried with."""
+    def _results(self, func: Any, leaves: Sequence[Any], tree: Any) -> list[tuple[list[Any], Any] | None]:
+        """Run an operation on shapes alone, once for each size that unknown dimensions are tried with.
+
+        Each result comes flattened; None stands for sizes that the operation does not take.
+        """
         tries = max((len(leaf.probes) for leaf in leaves if isinstance(leaf, SymbolicTensor)), default=1)
-        results: list[Any] = []
+        results: list[tuple[list[Any], Any] | None] = []
         for number in range(tries):
             fakes = [self._probe(leaf, number) for leaf in leaves]
+            if any(fake is None and leaf is not None for fake, leaf in zip(fakes, leaves, strict=True)):
+                results.append(None)
+                continue
             if func is torch.Tensor.__getitem__:
                 fakes = [fakes[0], *map(_as_index, fakes[1:])]
             args, kwargs = pytree.tree_unflatten(fakes, tree)
             try:
                 with self._fake:
-                    results.append(func(*args, **kwargs))
+                    results.append(pytree.tree_flatten(func(*args, **kwargs)))
             except (DataDependentOutputException, DynamicOutputShapeException):
                 raise self._unknown(func) from None
+            except (RuntimeError, IndexError, ValueError, TypeError):
+                if number < _MUST_WORK:
+                    raise
+                results.append(None)
         return results
 
     def _probe(self, leaf: Any, number: int) -> Any:
+        """Return what stands for an argument at one size; None where an earlier operation did not take the size."""
         if isinstance(leaf, SymbolicTensor):
             self.value_of(leaf)  # that it may be used here
-            return leaf.probes[number % len(leaf.probes)]
+            return leaf.probes[number % len(leaf.probes)]  # one for all, or one for each
         if isinstance(leaf, torch.Tensor):
             return self._fake.from_tensor(leaf, static_shapes=True)
         return leaf
@@ -210,7 +227,7 @@ class Tracer(TorchFunctionMode):
     def _made(self, column: Sequence[Any], values: Iterator[Value]) -> Any:
         if not isinstance(column[0], torch.Tensor):
             return column[0]
-        known = all(probe.shape == column[0].shape for probe in column)
+        known = all(probe is None or probe.shape == column[0].shape for probe in column)
         return SymbolicTensor.of(next(values), self.body, tuple(column[:1] if known else column))
 
     def _unknown(self, func: Any) -> DeclarationError:
@@ -242,11 +259,19 @@ def _empty(spec: TensorSpec, unknown: int) -> torch.Tensor:
     return torch.empty(shape, dtype=spec.dtype, device=spec.device)
 
 
-def _spec(column: Sequence[torch.Tensor]) -> TensorSpec:
+def _consistent(column: Sequence[Any]) -> bool:
+    """Say whether what resulted at each size can be one result: tensors of one rank, or equal objects."""
+    first, others = column[0], [each for each in column if each is not None]
+    if isinstance(first, torch.Tensor):
+        return all(isinstance(other, torch.Tensor) and other.dim() == first.dim() for other in others)
+    return all(other == first for other in others)
+
+
+def _spec(column: Sequence[Any]) -> TensorSpec:
     """Return what is known of a result, from what it is for each size tried."""
-    first = column[0]
+    first, *others = [each for each in column if each is not None]
     shape = tuple(
-        size if all(size == other.shape[axis] for other in column) else None for axis, size in enumerate(first.shape)
+        size if all(size == other.shape[axis] for other in others) else None for axis, size in enumerate(first.shape)
     )
     stride = None if None in shape else tuple(first.stride())
     return TensorSpec(shape, first.dtype, first.device, False, stride)

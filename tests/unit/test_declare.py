@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import twofold
 from tests.unit.graph.test_autodiff_properties import changed, confuse_invocations
 from twofold import DeclarationError, DeclaredSubGraph, declare, if_, show, while_
-from twofold.graph import Graph, equivalent, parse
+from twofold.graph import Graph, TensorSpec, equivalent, parse
 from twofold.graph.autodiff import Derivative, differentiate
 from twofold.graph.autodiff_calls import DifferentiationError
 
@@ -224,6 +224,37 @@ def test_a_size_that_grows_from_a_known_one_becomes_unknown():
     repeat = declared("i64[]", outputs=("f32[?]",))
     repeat.define(lambda n: while_(lambda x: x.sum() < n, lambda x: torch.cat((x, x)), torch.ones(1)))
     assert repeat(torch.tensor(5)).shape == (8,)
+
+
+@pytest.mark.parametrize(
+    ("body", "spec"),
+    [
+        (lambda x: x[:3], "f32[?,4]"),
+        (lambda x: x[:1], "f32[?,4]"),
+        (lambda x: x[:, :3], "f32[?,3]"),
+        (lambda x: x.topk(2, dim=0).values, "f32[2,4]"),
+        (lambda x: x.topk(2, dim=0).values[:2], "f32[2,4]"),
+        (lambda x: torch.cat((x, x)).flatten(), "f32[?]"),
+        (lambda x: x.max(0).values, "f32[4]"),
+        (lambda x: x @ x.t(), "f32[?,?]"),
+        (lambda x: x.unfold(0, 5, 1), "f32[?,4,5]"),
+    ],
+)
+def test_sizes_of_results_are_claimed_only_where_they_are_sure(body: Callable[[Tensor], Tensor], spec: str):
+    function = declared("f32[?,4]", outputs=(spec,))
+    function.define(body)
+    (result,) = function.graph.subgraphs["f"].outputs
+    assert str(TensorSpec(result.spec.shape, result.spec.dtype)) == spec
+    for rows in (5, 7):
+        x = torch.randn(rows, 4)
+        assert torch.equal(function(x), body(x))
+
+
+def test_a_rank_that_depends_on_a_size_is_refused():
+    squeezed = declared("f32[?,4]", outputs=("f32[?,4]",))
+    squeezed.define(lambda x: x.squeeze())
+    with pytest.raises(DeclarationError, match="squeeze asks for a value or size that is known only"):
+        _ = squeezed.graph
 
 
 def test_without_gradients_no_history_is_kept():
