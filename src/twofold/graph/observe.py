@@ -78,7 +78,9 @@ def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     plain = tensor.detach().to_dense() if tensor.layout is not torch.strided else tensor.detach()
-    return plain.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    # A tensor of one element counts as contiguous whatever its stride, which a view as bytes refuses: copy.
+    flat = plain.resolve_conj().resolve_neg().reshape(-1)
+    return flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -321,6 +321,7 @@ def test_wrong_number_of_inputs():
         (torch.tensor(1j).conj(), torch.tensor(complex(0.0, -1.0)), True),
         (torch.zeros(2, 2), torch.zeros(4), False),
         (torch.zeros(0), torch.zeros(0), True),
+        (torch.zeros(1, 3)[:, 0], torch.zeros(1), True),
         (1, True, False),
         (float("nan"), float("nan"), True),
         ({"a": 1}, {"a": 1}, True),
