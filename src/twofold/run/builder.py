@@ -38,6 +38,7 @@ MIXED_SAMPLES = 20
 """The same where they take several, and it is not known which an eager unit took: judged by their means."""
 MARGIN = 0.97
 """A tier has to take less than this share of the time of what it replaces: beyond noise."""
+INDUCTOR = frozenset({"inductor", "inductor+cuda_graph"})
 MAX_REBUILDS = 8
 """A path whose graph had to be rebuilt so often depends on something that changes all the time."""
 MAX_COMPILED_NODES = 6_000
@@ -64,6 +65,8 @@ class Contest:
     accepted: list[str] = field(default_factory=list[str])
     """The last is the best."""
     rejected: set[str] = field(default_factory=set[str])
+    polled: int = 0
+    """The path last looked at for kernels, besides the likely one."""
     on_trial: str | None = None
     samples: list[float] = field(default_factory=list[float])
     """Seconds of the units that ran on the tier on trial."""
@@ -125,11 +128,21 @@ class Builder:
         path.stale = False
 
     def poll(self, path: Path, accelerator: bool) -> None:
-        """Swap in tier 2 if its kernels have arrived. Called between two units."""
+        """Swap in tier 2 where its kernels have arrived. Called between two units, for the path that is likely next.
+
+        Of the other paths that begin alike, one is looked at each time.
+        """
+        contest = self._contest(path)
+        self._poll(path, contest, accelerator)
+        if len(contest.paths) > 1:
+            contest.polled = (contest.polled + 1) % len(contest.paths)
+            self._poll(contest.paths[contest.polled], contest, accelerator)
+
+    def _poll(self, path: Path, contest: Contest, accelerator: bool) -> None:
         state = self._states.get(path)
-        if state is None or path.blocked or path.stale or self._contest(path).on_trial is not None:
+        if state is None or path.blocked or path.stale or contest.on_trial is not None:
             return
-        if not state.has_ordered and self._wants_kernels():
+        if not state.has_ordered and self._wants_kernels() and INDUCTOR.isdisjoint(contest.rejected):
             self._order(path, state, accelerator)
         if not state.orders or not all(order.done() for order in state.orders):
             return
@@ -165,10 +178,12 @@ class Builder:
             return
         contest = self._contest(path)
         is_sample = len(contest.samples) <= len(contest.references)
-        if contest.on_trial in state.tiers and is_sample:
-            path.executable = state.tiers[contest.on_trial]
-        else:
-            path.executable = next((state.tiers[t] for t in reversed(contest.accepted) if t in state.tiers), None)
+        for other in contest.paths if contest.on_trial else (path,):
+            tiers = self._states[other].tiers
+            if contest.on_trial in tiers and is_sample:
+                other.executable = tiers[contest.on_trial]
+            else:
+                other.executable = next((tiers[t] for t in reversed(contest.accepted) if t in tiers), None)
 
     def note_eager(self, path: Path, seconds: float) -> None:
         """Take the time of a unit that ran eagerly and unseen, and began as units of this path do."""
@@ -182,7 +197,7 @@ class Builder:
         contest, state = self._contest(path), self._states[path]
         tier = path.executable.executable.backend
         state.units[tier] += 1
-        if contest.on_trial is not None and state.units[tier] > WARM_UP_UNITS:
+        if contest.on_trial in state.tiers and state.units[tier] > WARM_UP_UNITS:
             (contest.samples if tier == contest.on_trial else contest.references).append(seconds)
             self._judge(contest)
 
