@@ -56,7 +56,7 @@ def main() -> None:
         growth = (size - before) / 2**20
         print(f"{kind:<18}{before / 2**20:10.1f} MiB {size / 2**20:10.1f} MiB {growth:+9.2f} MiB")
     if options.json:
-        results = {"settled_bytes": settled, "end_bytes": end, "report": twofold.report(step).to_dict()}
+        results = {"settled_bytes": settled, "end_bytes": end}
         settings = {name: value for name, value in vars(options).items() if name != "json"}
         document = {"environment": describe_environment(), "options": settings, "results": results}
         Path(options.json).write_text(json.dumps(document, indent=1))
