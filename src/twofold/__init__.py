@@ -5,11 +5,9 @@ where and why. `DeclaredSubGraph`, `if_` and `while_` build recursive graphs by 
 """
 
 from twofold.api import Function, Program, function, program, report, wait_for_compilation
-from twofold.declare import DeclaredSubGraph
+from twofold.declare import DeclarationError, DeclaredSubGraph, if_, while_
 from twofold.errors import BackendUnavailableError, NotConvertibleError, OptionError, TwofoldError
 from twofold.graph import TensorSpec, show
-from twofold.symbolic import DeclarationError
-from twofold.symbolic_flow import if_, while_
 
 __all__ = [
     "BackendUnavailableError",

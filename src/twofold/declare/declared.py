@@ -28,7 +28,8 @@ from twofold.graph import Ambient, Graph, GraphBuilder, GraphSyntaxError, Tensor
 from twofold.graph.autodiff import Derivative, differentiate
 from twofold.graph.build import NamedSubGraphBuilder
 from twofold.graph.parse import parse_spec
-from twofold.symbolic import DeclarationError, Tracer, tensors
+
+from .symbolic import DeclarationError, Tracer, tensors
 
 
 class DeclaredSubGraph:

@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 
 from twofold.capture.intercept import user_origin
 from twofold.graph import SubGraphBuilder, TensorSpec, Value
-from twofold.symbolic import DeclarationError, SymbolicTensor, Tracer, tensors
+
+from .symbolic import DeclarationError, SymbolicTensor, Tracer, tensors
 
 
 def if_(predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:

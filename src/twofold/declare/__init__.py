@@ -1,0 +1,7 @@
+"""Graphs built by hand: SubGraphs declared before they are defined, with symbolic tensors, `if_` and `while_`."""
+
+from .declared import DeclaredSubGraph
+from .flow import if_, while_
+from .symbolic import DeclarationError
+
+__all__ = ["DeclarationError", "DeclaredSubGraph", "if_", "while_"]
