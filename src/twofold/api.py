@@ -43,7 +43,7 @@ R = TypeVar("R")
 
 MAX_PATHS = 64
 """Paths kept for one program; each holds a graph and, on a GPU, its memory."""
-MAX_NEW_IN_A_ROW = 24
+MAX_NEW_IN_A_ROW = 40
 """So many recorded units without one that was seen before, and recording stops: the paths do not repeat."""
 RETRY_AFTER = 2
 """Units after which recording is tried again where it failed or did not pay; the distance doubles each time."""
