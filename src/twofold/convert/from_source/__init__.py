@@ -1,7 +1,27 @@
 """From the source of recursive Python functions to graphs of SubGraphs, and to what runs them."""
 
+from .blocks import Block, Operand, make_block, tensor_results
 from .convert import Converted, Function, convert
 from .functions import Outer, Recursive
+from .planner import PlannerSource, planner_source
 from .refusals import Refusal, Refused
+from .slices import Kind, Slices, slice_graph
 
-__all__ = ["Converted", "Function", "Outer", "Recursive", "Refusal", "Refused", "convert"]
+__all__ = [
+    "Block",
+    "Converted",
+    "Function",
+    "Kind",
+    "Operand",
+    "Outer",
+    "PlannerSource",
+    "Recursive",
+    "Refusal",
+    "Refused",
+    "Slices",
+    "convert",
+    "make_block",
+    "planner_source",
+    "slice_graph",
+    "tensor_results",
+]

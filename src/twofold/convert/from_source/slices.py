@@ -41,6 +41,7 @@ KEEPERS = frozenset({"append", "add", "insert", "setdefault", "appendleft"})
 _ARITHMETIC = frozenset(
     {getattr(operator, name) for name in "add sub mul truediv floordiv mod pow neg pos eq ne lt le gt ge not_".split()}
 )
+_CONTAINERS = (list, tuple, dict, unpack, reversed, zip, enumerate)
 _NUMBERS = (bool, int, float, type(None), str)
 
 
@@ -57,6 +58,16 @@ class Slices:
     def kind(self, argument: Argument) -> Kind:
         """Return the greatest kind in an argument."""
         return max((self.kinds.get(value, Kind.FIXED) for value in values_in(argument)), default=Kind.FIXED)
+
+    def is_tensor(self, argument: Argument) -> bool:
+        """Say whether there is a tensor in an argument, one from outside included."""
+        if self.kind(argument) is Kind.TENSOR:
+            return True
+        return any(isinstance(self.fixed.get(value), torch.Tensor) for value in values_in(argument))
+
+    def given(self, argument: Argument) -> Kind:
+        """Return the kind that an argument gives to what it is bound to, which no longer is fixed."""
+        return Kind.TENSOR if self.is_tensor(argument) else max(self.kind(argument), Kind.HOST)
 
     def known(self, argument: Argument) -> Any:
         """Return the object that a fixed argument stands for."""
@@ -120,7 +131,7 @@ class _Analysis:
                     for side in node.subgraphs:
                         self._body(side)
                     for index, result in enumerate(node.results):
-                        self._raise_to(result, max(self._side(side.outputs[index]) for side in node.subgraphs))
+                        self._raise_to(result, max(self.slices.given(side.outputs[index]) for side in node.subgraphs))
                 case "loop":
                     self._loop(node)
                 case "invoke":
@@ -128,19 +139,13 @@ class _Analysis:
                 case _:
                     self._plain(node)
 
-    def _side(self, argument: Argument) -> Kind:
-        """Return the kind that an output gives to the result of a choice: fixed alone does not stay fixed."""
-        if self._is_tensor(argument):
-            return Kind.TENSOR
-        return max(self.slices.kind(argument), Kind.HOST)
-
     def _loop(self, node: Node) -> None:
         self._fetch_free(node, node.arguments[0])
         (body,) = node.subgraphs
         index, *inputs = body.inputs
         self._raise_to(index, Kind.HOST)
         for value, first, last in zip(inputs, node.arguments[1:], body.outputs, strict=True):
-            self._raise_to(value, max(self._side(first), self._side(last)))
+            self._raise_to(value, max(self.slices.given(first), self.slices.given(last)))
         self._body(body)
         for result, value in zip(node.results, inputs, strict=True):
             self._raise_to(result, self.slices.kinds[value])
@@ -148,23 +153,18 @@ class _Analysis:
     def _invoke(self, node: Node) -> None:
         callee = self._graph.subgraphs[str(node.target)]
         for argument, value in zip(node.arguments, callee.inputs, strict=True):
-            self._raise_to(value, self._side(argument))
+            self._raise_to(value, self.slices.given(argument))
         for result, output in zip(node.results, callee.outputs, strict=True):
-            self._raise_to(result, self._side(output))
+            self._raise_to(result, self.slices.given(output))
 
     def _plain(self, node: Node) -> None:
         operands = [*node.arguments, *(argument for _, argument in node.keywords)]
         kind = max((self.slices.kind(operand) for operand in operands), default=Kind.FIXED)
-        if any(self._is_tensor(operand) for operand in operands):
+        if any(self.slices.is_tensor(operand) for operand in operands):
             kind = Kind.TENSOR
         result = self._kind_of(node, kind)
         for value in node.results:
             self._raise_to(value, result)
-
-    def _is_tensor(self, argument: Argument) -> bool:
-        if self.slices.kind(argument) is Kind.TENSOR:
-            return True
-        return any(isinstance(self.slices.fixed.get(value), torch.Tensor) for value in values_in(argument))
 
     def _kind_of(self, node: Node, kind: Kind) -> Kind:
         """Return the kind of a node's results, from the greatest kind of its operands."""
@@ -178,7 +178,7 @@ class _Analysis:
 
     def _read(self, node: Node, kind: Kind) -> Kind:
         holder = node.arguments[0]
-        if node.op == "get_item" and not self._is_tensor(holder) and kind is Kind.TENSOR:
+        if node.op == "get_item" and not self.slices.is_tensor(holder) and kind is Kind.TENSOR:
             if self.slices.kind(holder) is not Kind.MIXED:
                 raise self._refused("tensor_fetch", "a tensor is an index of a Python object", node)
             return Kind.TENSOR
@@ -188,7 +188,7 @@ class _Analysis:
 
     def _write(self, node: Node, kind: Kind) -> Kind:
         holder, key, _ = node.arguments
-        if self._is_tensor(holder) or self._is_tensor(key):
+        if self.slices.is_tensor(holder) or self.slices.is_tensor(key):
             raise self._refused("unsupported_call", "a tensor is written to by index or attribute", node)
         if kind >= Kind.MIXED and self.slices.kind(holder) <= Kind.HOST:
             self.slices.exports.add(id(node))
@@ -198,13 +198,14 @@ class _Analysis:
         target: Any = node.target
         if target in (operator.is_, operator.is_not) and kind >= Kind.MIXED:
             raise self._refused("tensor_fetch", "identity of a tensor", node)
-        if target in (list, tuple, dict, unpack, reversed, zip, enumerate) and kind >= Kind.MIXED:
-            return Kind.MIXED
+        if target in _CONTAINERS and kind >= Kind.MIXED:
+            whole = any(isinstance(a, Value) and self.slices.kinds.get(a) is Kind.TENSOR for a in node.arguments)
+            return Kind.TENSOR if whole else Kind.MIXED
         if target is list and not node.arguments:
             return Kind.HOST
         if target is list.append:
             return self._kept(node, node.arguments[0], node.arguments[1], kind)
-        if target is method and not self._is_tensor(node.arguments[0]):
+        if target is method and not self.slices.is_tensor(node.arguments[0]):
             return self._host_method(node, kind)
         if target is len and kind is Kind.MIXED:
             return Kind.HOST
@@ -247,7 +248,7 @@ class _Analysis:
 
     def _kept(self, node: Node, receiver: Argument, argument: Argument, kind: Kind) -> Kind:
         """A container is handed something: one made in this function becomes mixed, others are handed an export."""
-        if kind >= Kind.MIXED or self._is_tensor(argument):
+        if kind >= Kind.MIXED or self.slices.is_tensor(argument):
             if isinstance(receiver, Value) and receiver in self._local_lists():
                 self._raise_to(receiver, Kind.MIXED)
             else:
@@ -269,7 +270,7 @@ class _Analysis:
                 self._collect_lists(nested)
 
     def _fetch_free(self, node: Node, test: Argument) -> None:
-        if self._is_tensor(test):
+        if self.slices.is_tensor(test):
             raise self._refused("tensor_fetch", "a choice depends on the value of a tensor", node)
 
     def _refused(self, code: str, construct: str, node: Node) -> Refused:
