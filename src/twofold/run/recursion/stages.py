@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -76,11 +76,13 @@ class Staged:
     inputs: list[str]
     tangents: list[str | None]
     outputs: list[str]
-    terms: list[str | None]
-    """For each output that sums up children's: the name of its own term."""
     input_gradients: list[str | None]
     parameter_gradients: list[str | None]
     crossings: dict[str, Crossing]
+    chained: frozenset[tuple[str, int]]
+    """The tables through which invocations depend on one another level by level."""
+    written: list[tuple[int, tuple[str, int]]]
+    """Which outputs are written to which table."""
 
 
 def own_term(joint: Joint, output: int, children: Iterable[int]) -> fx.Node | None:
@@ -147,22 +149,26 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 class Cut:
     """Assigns stages to the nodes of a joint graph and writes their text.
 
-    `chain` are the inputs and outputs through which invocations depend on one another level by level; `terms` replaces
-    outputs that are sums by their own terms.
+    `chain_inputs` and `chain_outputs` are those through which invocations depend on one another level by level; `terms` replaces
+    outputs that are sums by their own terms; `summed_inputs` are the inputs that these sums alone take.
     """
 
     joint: Joint
     chain_inputs: frozenset[int]
     chain_outputs: frozenset[int]
     terms: dict[int, fx.Node]
+    summed_inputs: frozenset[int]
     stage: dict[fx.Node, Stage] = field(default_factory=dict[fx.Node, Stage])
 
-    def staged(self, differentiate: bool) -> Staged:
-        """Return the block cut into stages; without `differentiate`, the forward ones alone."""
+    def staged(self, differentiate: bool, chained: frozenset[tuple[str, int]], tables: Sequence[tuple[str, int]]) -> Staged:
+        """Return the block cut into stages; without `differentiate`, the forward ones alone.
+
+        `chained` are the tables of all blocks, `tables` those of the outputs in `chain_outputs`, in order.
+        """
         joint = self.joint
         outputs = [self.terms.get(index, node) for index, node in enumerate(joint.outputs)]
         gradients = joint.input_gradients if differentiate else [None] * len(joint.inputs)
-        gradients = [None if self._summed_input(i) else g for i, g in enumerate(gradients)]
+        gradients = [None if i in self.summed_inputs else g for i, g in enumerate(gradients)]
         parameters = joint.parameter_gradients if differentiate else []
         wanted = [node for node in (*outputs, *gradients, *parameters) if node is not None]
         self._assign(outputs, gradients, wanted)
@@ -174,16 +180,12 @@ class Cut:
             [node.name for node in joint.inputs],
             [None if node is None else node.name for node in joint.tangents],
             [node.name for node in outputs],
-            [self.terms[i].name if i in self.terms else None for i in range(len(outputs))],
             [None if node is None else node.name for node in gradients],
             [None if node is None else node.name for node in parameters],
             named,
+            chained,
+            list(zip(sorted(self.chain_outputs), tables, strict=True)),
         )
-
-    def _summed_input(self, index: int) -> bool:
-        return index in self.summed_inputs
-
-    summed_inputs: frozenset[int] = frozenset()
 
     def _assign(self, outputs: list[fx.Node], gradients: list[fx.Node | None], wanted: list[fx.Node]) -> None:
         joint = self.joint

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -45,14 +45,22 @@ class NotBatchableError(Exception):
     """The block cannot run for several invocations at once; the message says why."""
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One input of a block: shape of one invocation's part, dtype, device; whether gradients flow to it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     differentiable: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Sample:
+        """Describe the part of one invocation."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
+
+    def given(self, differentiate: bool) -> Sample:
+        """Return it as an input, to which gradients flow if they can and are asked for."""
+        return self._replace(differentiable=differentiate and self.differentiable)
 
     def rows(self, count: int) -> Tensor:
         """Make values for `count` invocations."""

@@ -1,0 +1,124 @@
+"""A converted function ready to run: planners for its host slice, blocks for its tensor slice.
+
+A call walks the structure at once, so that Python's side effects and exceptions happen where plain Python has them, and adds its
+invocations to the batch that waits. The tensors follow when a value is needed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from types import GeneratorType
+from typing import Any
+
+from twofold.convert.from_source import Converted, Slices, make_block, planner_source, tensor_results
+
+from .batch import Batch
+from .blocks import RunnableBlock
+from .deferred import PENDING, Deferred, defer
+from .prepare import Tables
+
+FIRST_DEPTH_CHECK = 20_000
+DEEPEST = 2_000_000
+
+
+class Program:
+    """The functions of one graph, as planners and blocks, and the batch of calls that waits."""
+
+    def __init__(self, converted: Converted, slices: Slices) -> None:
+        self.converted = converted
+        self.slices = slices
+        self.blocks: dict[tuple[str, tuple[Any, ...]], RunnableBlock] = {}
+        self.tables = Tables()
+        self.batch = Batch(self)
+        self._planners = self._make_planners()
+        entry = converted.functions[converted.entry]
+        self._results = tensor_results(converted.graph.subgraphs[entry.name], slices)
+        self._count = entry.results
+
+    def _make_planners(self) -> dict[str, Callable[..., Generator[Any, Any, None]]]:
+        """Compile the planners of all functions; each finds the others by name."""
+        namespace: dict[str, Any] = {}
+        for name in self.converted.functions:
+
+            def block_of(decisions: tuple[Any, ...], name: str = name) -> RunnableBlock:
+                return self.block(name, decisions)
+
+            runtime = {"emit": self.batch.emit, "keep": defer}
+            source = planner_source(self.converted, self.slices, name, block_of, runtime)
+            scope = {**source.objects}
+            code = compile(source.text, f"<twofold planner of {name}>", "exec")
+            exec(code, scope)  # noqa: S102 - generated above
+            namespace[f"plan_{name}"] = scope[f"plan_{name}"]
+        for planner in namespace.values():
+            planner.__globals__.update(namespace)
+        return namespace
+
+    def block(self, function: str, decisions: tuple[Any, ...]) -> RunnableBlock:
+        """Return the block of a function for a sequence of decisions."""
+        known = self.blocks.get((function, decisions))
+        if known is None:
+            block = RunnableBlock(make_block(self.converted, self.slices, function, decisions))
+            known = self.blocks[function, decisions] = block
+        return known
+
+    def all_blocks(self) -> list[RunnableBlock]:
+        """Return all blocks met so far, variants included."""
+        blocks = list(self.blocks.values())
+        return [*blocks, *(variant for block in blocks for variant in block.variants.values())]
+
+    def call(self, arguments: Sequence[Any]) -> Any:
+        """Plan one call from ordinary Python; return its results, tensors deferred."""
+        self.batch.begin()
+        PENDING.add(self.batch)
+        held = drive(self._planners[f"plan_{self.converted.entry}"](*arguments))
+        number, hosts = (held, ()) if type(held) is int else (held[0], held[1:])
+        others = iter(hosts)
+        results: list[Any] = []
+        for index in range(self._count or 1):
+            results.append(self._deferred(number, index) if index in self._results else next(others))
+        return results[0] if self._count is None else tuple(results)
+
+    def _deferred(self, number: int, result: int) -> Deferred:
+        deferred = defer()
+        self.batch.wanted.append((number, self._results.index(result), weakref.ref(deferred)))
+        return deferred
+
+
+def drive(planner: Generator[Any, Any, None]) -> Any:
+    """Run a planner and those it asks for; return its result. Raises RecursionError for a structure without an end."""
+    waiting: list[Generator[Any, Any, None]] = []
+    push, pop = waiting.append, waiting.pop
+    check = FIRST_DEPTH_CHECK
+    value: Any = None
+    while True:
+        asked = planner.send(value)
+        if type(asked) is GeneratorType:
+            push(planner)
+            planner, value = asked, None
+            if len(waiting) >= check:
+                _check_depth(waiting, planner)
+                check *= 2
+        elif waiting:
+            planner, value = pop(), asked
+        else:
+            return asked
+
+
+def _arguments(planner: Any) -> tuple[int, ...]:
+    code, held = planner.gi_code, planner.gi_frame.f_locals
+    return (id(code), *(id(held[name]) for name in code.co_varnames[: code.co_argcount]))
+
+
+def _check_depth(waiting: Sequence[Any], planner: Any) -> None:
+    """Raise RecursionError if a call waits for one with the same arguments, or the depth is beyond all reason."""
+    own, name = _arguments(planner), planner.gi_code.co_name.removeprefix("plan_")
+    for distance, other in enumerate(reversed(waiting), 1):
+        if _arguments(other) == own:
+            raise RecursionError(
+                f"{name}: the structure is cyclic: at depth {len(waiting)} a call has the same arguments as the call"
+                f" {distance} levels above it"
+            )
+    if len(waiting) > DEEPEST:
+        raise RecursionError(f"{name}: no base case was reached at depth {len(waiting)}")
+
