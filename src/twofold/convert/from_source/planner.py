@@ -1,8 +1,9 @@
-"""The host slice as generated Python: a planner for each function, which walks the structure and computes no tensors.
+"""The host slice as generated Python: planners, which walk the structure and compute no tensors.
 
-A planner is a generator function. Where the function calls a recursive one, it yields that function's planner and is
-sent its result; last it yields its own. So the depth of the recursion is bounded by memory alone. The result is the
-number of the invocation, or a tuple of that number and the results that are Python objects.
+Each function gets two. `walk_f` is an ordinary recursive function, for the upper levels. `plan_f`, which it goes over to
+where they end, is a generator function: where the function calls a recursive one it yields that function's planner and is
+sent its result, and last it yields its own, so that depth is bounded by memory alone. The result is the number of the
+invocation, or a tuple of that number and the results that are Python objects.
 
 A planner tells of each invocation: its block, the numbers of the invocations it made, the host values that tensors
 are computed from, and the tensors that the host keeps:
@@ -60,12 +61,17 @@ class PlannerSource:
 def planner_source(
     converted: Converted, slices: Slices, function: str, block_of: Callable[[tuple[Any, ...]], Any], runtime: dict[str, Any]
 ) -> PlannerSource:
-    """Return the planner of a function.
+    """Return the planners of a function.
 
-    `block_of` returns what `emit` is to be told for a sequence of decisions. `runtime` has `emit`, and `keep`, which
-    makes the object that the host keeps in place of a tensor that is not there yet.
+    `block_of` returns what `emit` is to be told for a sequence of decisions. `runtime` has `emit`; `keep`, which
+    makes the object that the host keeps in place of a tensor that is not there yet; and `drive`, which runs a
+    generator planner.
     """
-    return _Generator(converted, slices, function, block_of, runtime).source()
+    objects: dict[str, Any] = dict(runtime)
+    texts = [
+        _Generator(converted, slices, function, block_of, objects, recursive).text() for recursive in (True, False)
+    ]
+    return PlannerSource("\n".join(texts), objects)
 
 
 @dataclass(frozen=True)
@@ -84,25 +90,30 @@ class _Generator:
     slices: Slices
     function: str
     block_of: Callable[[tuple[Any, ...]], Any]
-    runtime: dict[str, Any]
+    objects: dict[str, Any]
+    recursive: bool
     lines: list[str] = field(default_factory=list[str])
-    objects: dict[str, Any] = field(default_factory=dict[str, Any])
     depth: int = 1
     names: dict[Value, str] = field(default_factory=dict[Value, str])
     handed: dict[Value, str] = field(default_factory=dict[Value, str])
     count: int = 0
 
-    def source(self) -> PlannerSource:
+    def text(self) -> str:
         """Generate the planner."""
         body = self.converted.graph.subgraphs[self.function]
-        self.objects.update(self.runtime)
         self.looked_up = _has_loop(body, self.slices) or _ways(body, self.slices) > MOST_WAYS
         parameters = [self._name(v) for v in body.inputs if self.slices.kinds[v] is not Kind.TENSOR]
+        if self.recursive:
+            self._line("if not levels:")
+            self._line(f"    return drive(plan_{self.function}({', '.join(parameters)}))")
         if self.looked_up:
             self._line("decisions = []; invocations = []; hosts = []; kept = []")
         self._continue([(body, 0, self._finish)], _Way())
-        head = f"def plan_{self.function}({', '.join(parameters)}):\n"
-        return PlannerSource(head + "\n".join(self.lines) + "\n", self.objects)
+        if self.recursive:
+            head = f"def walk_{self.function}({', '.join([*parameters, 'levels'])}):\n"
+        else:
+            head = f"def plan_{self.function}({', '.join(parameters)}):\n"
+        return head + "\n".join(self.lines) + "\n"
 
     # Names and lines.
 
@@ -254,7 +265,10 @@ class _Generator:
         tensors = set(tensor_results(callee, self.slices))
         hosts = [self._name(result) for index, result in enumerate(node.results) if index not in tensors]
         targets = ", ".join([number, *hosts])
-        self._line(f"{targets} = yield plan_{node.target}({', '.join(arguments)})")
+        if self.recursive:
+            self._line(f"{targets} = walk_{node.target}({', '.join([*arguments, 'levels - 1'])})")
+        else:
+            self._line(f"{targets} = yield plan_{node.target}({', '.join(arguments)})")
         if self.looked_up:
             self._line(f"invocations.append({number})")
             return way
@@ -322,7 +336,8 @@ class _Generator:
             block = self._object(self.block_of(way.decisions))
             told = ", ".join([block, *map(_display, (way.invocations, way.hosts, way.kept))])
         emitted = f"emit({told})"
-        self._line(f"yield ({', '.join([emitted, *hosts])})" if hosts else f"yield {emitted}")
+        handed = f"({', '.join([emitted, *hosts])})" if hosts else emitted
+        self._line(f"{'return' if self.recursive else 'yield'} {handed}")
         return way
 
 

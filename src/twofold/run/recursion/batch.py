@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,9 @@ from twofold.errors import TwofoldError
 from .autograd import differentiable_run
 from .blocks import RunnableBlock
 from .deferred import PENDING, Deferred, fill
-from .execute import GroupRun, Request, Run
+from .execute import GroupRun, Request, Run, Table
 from .prepare import SumBroken, column, stage_group
-from .schedule import Task, make_schedule
+from .schedule import Group, Pile, make_schedule
 from .vectorize import NotBatchableError, Sample
 
 if TYPE_CHECKING:
@@ -32,110 +31,135 @@ class Batch:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self.tasks: list[Task] = []
-        self.wanted: list[tuple[int, int, weakref.ref[Deferred]]] = []
-        self._seconds = 0.0
         self._grad = True
-        self._versions: dict[int, tuple[Tensor, int]] = {}
+        self._levels: list[int] = []
+        self._piles: dict[RunnableBlock, Pile] = {}
+        self._wanted: list[tuple[Request, weakref.ref[Deferred]]] = []
 
     # While planners run.
 
     def begin(self) -> None:
         """Take up a call made from ordinary Python."""
-        if self.tasks and self._grad != torch.is_grad_enabled():
+        if self._levels and self._grad != torch.is_grad_enabled():
             PENDING.flush()
         self._grad = torch.is_grad_enabled()
 
-    def emit(self, block: RunnableBlock, invocations: Sequence[int], hosts: Sequence[Any], kept: Sequence[Any]) -> int:
-        """Add an invocation; return its number."""
-        number = len(self.tasks)
+    def pile(self, block: RunnableBlock) -> Pile:
+        """Return where the invocations of a block wait."""
+        known = self._piles.get(block)
+        if known is None:
+            known = self._piles[block] = Pile(block)
+        return known
+
+    def emit(self, pile: Pile, invocations: Sequence[int], hosts: Sequence[Any], kept: Sequence[Deferred]) -> int:
+        """Add an invocation; return its number. Levels count from the leaves."""
+        levels = self._levels
+        number = len(levels)
+        top = -1
+        for child in invocations:
+            if levels[child] > top:
+                top = levels[child]
+        levels.append(top + 1)
+        block = pile.block
         if block.constant_hosts:
             steering = block.constant_hosts
-            block, hosts = block.variant(hosts), [h for i, h in enumerate(hosts) if i not in steering]
-        self.tasks.append(Task(block, invocations, hosts, kept))
+            pile = self.pile(block.variant(hosts))
+            hosts = [host for index, host in enumerate(hosts) if index not in steering]
+        pile.tasks.append(number)
+        pile.invocations.append(invocations)
+        pile.hosts.append(hosts)
+        if kept:
+            first = len(block.block.results)
+            for index, deferred in enumerate(kept):
+                self.want(Request(number, first + index), deferred)
         return number
+
+    def want(self, request: Request, deferred: Deferred) -> None:
+        """Have a deferred tensor filled in with an output of an invocation."""
+        self._wanted.append((request, weakref.ref(deferred)))
 
     # At the flush.
 
     def flush(self) -> None:
         """Compute all invocations and fill in the tensors that are still held."""
-        tasks, self.tasks = self.tasks, []
-        wanted, self.wanted = self.wanted, []
-        if not tasks:
-            return
-        for number, task in enumerate(tasks):
-            first = len(task.block.block.results)
-            wanted += [(number, first + index, weakref.ref(kept)) for index, kept in enumerate(task.kept)]
-        held = [(Request(task, output), deferred) for task, output, ref in wanted if (deferred := ref()) is not None]
+        levels, wanted = self._levels[:], self._wanted
+        piles = [Pile(pile.block, pile.tasks, pile.invocations, pile.hosts) for pile in self._piles.values() if pile.tasks]
+        self._levels.clear()
+        self._wanted = []
+        for pile in self._piles.values():
+            pile.tasks, pile.invocations, pile.hosts = [], [], []
+        held = [(request, deferred) for request, ref in wanted if (deferred := ref()) is not None]
         requests = list(dict.fromkeys(request for request, _ in held))
+        if not requests:
+            return
         with torch.set_grad_enabled(self._grad):
-            found = dict(zip(requests, self._compute(tasks, requests), strict=True))
+            found = dict(zip(requests, self._compute(piles, levels, requests), strict=True))
         for request, deferred in held:
-            value = found[request]
-            fill(deferred, value if type(value) is Tensor and not isinstance(value, torch.nn.Parameter) else value.view_as(value))
+            fill(deferred, found[request])
 
-    def _compute(self, tasks: list[Task], requests: list[Request]) -> Sequence[Tensor]:
-        tables = self._program.tables
-        known = all((t.block.function, r) in tables.samples for t in tasks for r in t.block.block.results)
-        if not known:
-            return self._one_by_one(tasks, requests)
-        try:
-            return self._together(tasks, requests)
-        except NotBatchableError:
-            return self._one_by_one(tasks, requests)
-
-    def _one_by_one(self, tasks: list[Task], requests: list[Request]) -> list[Tensor]:
-        """Run each invocation by itself, with eager's own operations and history."""
-        begun = time.perf_counter()
-        results: list[list[Any]] = []
+    def _compute(self, piles: list[Pile], levels: list[int], requests: list[Request]) -> Sequence[Tensor]:
         samples = self._program.tables.samples
-        for task in tasks:
-            block = task.block
-            operands = []
-            for operand in block.operands:
-                child = task.invocations[operand.invocation]
-                operands.append(results[child][tasks[child].block.block.results.index(operand.result)])
-            outputs = block.run(operands, task.hosts)
-            results.append(outputs)
-            for result, output in zip(block.block.results, outputs, strict=False):
-                if isinstance(output, Tensor):
-                    table = block.function, result
-                    before = samples.get(table)
-                    if before is None or (output.requires_grad and not before.differentiable):
-                        samples[table] = Sample.of(output)
-        self._seconds += time.perf_counter() - begun
-        return [results[request.task][request.output] for request in requests]
+        if all((pile.block.function, result) in samples for pile in piles for result in pile.block.block.results):
+            try:
+                return self._together(piles, levels, requests)
+            except NotBatchableError:
+                pass
+        return one_by_one(piles, len(levels), requests, samples)
 
-    def _together(self, tasks: list[Task], requests: list[Request]) -> Sequence[Tensor]:
-        """Run all invocations level by level."""
+    def _together(self, piles: list[Pile], levels: list[int], requests: list[Request]) -> Sequence[Tensor]:
+        """Run all invocations level by level. Raises `NotBatchableError`."""
         tables = self._program.tables
-        blocks = list(dict.fromkeys(task.block for task in tasks))
         device = next(iter(tables.samples.values())).device
-        schedule = make_schedule(tasks, device, [request.task for request in requests], False)
-        columns = [
-            [column([tasks[number].hosts[index] for number in group.tasks.tolist()], device) for index in range(group.block.block.hosts)]
-            for group in schedule.groups
-        ]
-        parameters = list({id(p): p for block in blocks for p in block.parameters}.values())
+        schedule = make_schedule(piles, levels, device, [request.task for request in requests], False)
+        columns = [_columns(group, device) for group in schedule.groups]
+        parameters = list({id(p): p for pile in piles for p in pile.block.parameters}.values())
         differentiate = self._grad and (bool(parameters) or any(c.requires_grad for held in columns for c in held))
         while True:
-            tables.update([*self._program.all_blocks(), *blocks])
+            tables.update(self._program.all_blocks())
             try:
-                staged = [stage_group(g.block, c, tables, differentiate) for g, c in zip(schedule.groups, columns, strict=True)]
+                staged = [
+                    stage_group(group.block, held, tables, differentiate)
+                    for group, held in zip(schedule.groups, columns, strict=True)
+                ]
                 break
             except SumBroken as broken:
                 tables.not_summed.add(broken.table)
-        runs: list[GroupRun] = []
-        for group, code, held in zip(schedule.groups, staged, columns, strict=True):
-            first = len(group.block.operands)
-            whole = dict(zip(code.inputs[first:], held, strict=True))
-            operands = {
-                name: (operand.invocation, (operand.callee, operand.result))
-                for name, operand in zip(code.inputs, group.block.operands, strict=False)
-            }
-            runs.append(GroupRun(group, code, whole, operands))
+        runs = [GroupRun.of(*parts) for parts in zip(schedule.groups, staged, columns, strict=True)]
         run = Run(schedule, runs, tables.summed)
         return differentiable_run(run, requests, parameters, columns, differentiate)
+
+
+def _columns(group: Group, device: torch.device) -> list[Tensor]:
+    hosts, order = group.pile.hosts, group.order.tolist()
+    return [column([hosts[number][index] for number in order], device) for index in range(group.block.block.hosts)]
+
+
+def one_by_one(piles: list[Pile], count: int, requests: list[Request], samples: dict[Table, Sample]) -> list[Tensor]:
+    """Run each invocation by itself, with eager's own operations and history; note what results are like."""
+    work: list[Any] = [None] * count
+    for pile in piles:
+        for number, invocations, hosts in zip(pile.tasks, pile.invocations, pile.hosts, strict=True):
+            work[number] = pile.block, invocations, hosts
+    outputs: list[list[Any]] = []
+    for block, invocations, hosts in work:
+        operands = [
+            outputs[child := invocations[operand.invocation]][work[child][0].block.results.index(operand.result)]
+            for operand in block.operands
+        ]
+        outputs.append(block.run(operands, hosts))
+        for result, output in zip(block.block.results, outputs[-1], strict=False):
+            table = block.function, result
+            before = samples.get(table)
+            if isinstance(output, Tensor) and (before is None or output.requires_grad and not before.differentiable):
+                samples[table] = Sample.of(output)
+    return [_own(outputs[request.task][request.output]) for request in requests]
+
+
+def _own(value: Any) -> Tensor:
+    """Return a value as a tensor object that nobody else holds."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value)
+    return value.view_as(value) if isinstance(value, torch.nn.Parameter) else value
 
 
 class StaleError(TwofoldError):

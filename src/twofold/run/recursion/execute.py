@@ -43,6 +43,14 @@ class GroupRun:
     """For each name of a tangent that comes from a table of gradients: which."""
     by_level: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])
 
+    @classmethod
+    def of(cls, group: Group, staged: Staged, columns: Sequence[Tensor]) -> GroupRun:
+        """Begin with the host values of all invocations."""
+        operands = group.block.operands
+        tables = [(operand.invocation, (operand.callee, operand.result)) for operand in operands]
+        named = dict(zip(staged.inputs, tables, strict=False))
+        return cls(group, staged, dict(zip(staged.inputs[len(operands) :], columns, strict=True)), named)
+
     @property
     def rows(self) -> int:
         """How many invocations there are."""

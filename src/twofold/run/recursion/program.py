@@ -6,18 +6,20 @@ invocations to the batch that waits. The tensors follow when a value is needed.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Generator, Sequence
 from types import GeneratorType
 from typing import Any
 
 from twofold.convert.from_source import Converted, Slices, make_block, planner_source, tensor_results
 
-from .batch import Batch
+from .batch import Batch, Pile
 from .blocks import RunnableBlock
 from .deferred import PENDING, Deferred, defer
+from .execute import Request
 from .prepare import Tables
 
+WALKED = 100
+"""Levels that are walked by ordinary recursion, which is faster, before a stack of our own is used."""
 FIRST_DEPTH_CHECK = 20_000
 DEEPEST = 2_000_000
 
@@ -31,25 +33,25 @@ class Program:
         self.blocks: dict[tuple[str, tuple[Any, ...]], RunnableBlock] = {}
         self.tables = Tables()
         self.batch = Batch(self)
-        self._planners = self._make_planners()
+        self._walk = self._make_planners()[f"walk_{converted.entry}"]
         entry = converted.functions[converted.entry]
         self._results = tensor_results(converted.graph.subgraphs[entry.name], slices)
         self._count = entry.results
 
-    def _make_planners(self) -> dict[str, Callable[..., Generator[Any, Any, None]]]:
+    def _make_planners(self) -> dict[str, Callable[..., Any]]:
         """Compile the planners of all functions; each finds the others by name."""
         namespace: dict[str, Any] = {}
         for name in self.converted.functions:
 
-            def block_of(decisions: tuple[Any, ...], name: str = name) -> RunnableBlock:
-                return self.block(name, decisions)
+            def block_of(decisions: tuple[Any, ...], name: str = name) -> Pile:
+                return self.batch.pile(self.block(name, decisions))
 
-            runtime = {"emit": self.batch.emit, "keep": defer}
+            runtime = {"emit": self.batch.emit, "keep": defer, "drive": drive}
             source = planner_source(self.converted, self.slices, name, block_of, runtime)
             scope = {**source.objects}
             code = compile(source.text, f"<twofold planner of {name}>", "exec")
             exec(code, scope)  # noqa: S102 - generated above
-            namespace[f"plan_{name}"] = scope[f"plan_{name}"]
+            namespace.update((f"{kind}_{name}", scope[f"{kind}_{name}"]) for kind in ("walk", "plan"))
         for planner in namespace.values():
             planner.__globals__.update(namespace)
         return namespace
@@ -71,7 +73,7 @@ class Program:
         """Plan one call from ordinary Python; return its results, tensors deferred."""
         self.batch.begin()
         PENDING.add(self.batch)
-        held = drive(self._planners[f"plan_{self.converted.entry}"](*arguments))
+        held = self._walk(*arguments, WALKED)
         number, hosts = (held, ()) if type(held) is int else (held[0], held[1:])
         others = iter(hosts)
         results: list[Any] = []
@@ -81,7 +83,7 @@ class Program:
 
     def _deferred(self, number: int, result: int) -> Deferred:
         deferred = defer()
-        self.batch.wanted.append((number, self._results.index(result), weakref.ref(deferred)))
+        self.batch.want(Request(number, self._results.index(result)), deferred)
         return deferred
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from .blocks import RunnableBlock
 Index = NDArray[np.int64]
 
 
-class Task(NamedTuple):
-    """One invocation: its block, the invocations it made, the host values it has, the tensors that the host keeps."""
+@dataclass(slots=True, eq=False)
+class Pile:
+    """The invocations of one block that wait: their numbers, the invocations they made, their host values."""
 
     block: RunnableBlock
-    invocations: Sequence[int]
-    hosts: Sequence[Any]
-    kept: Sequence[Any]
+    tasks: list[int] = field(default_factory=list[int])
+    invocations: list[Sequence[int]] = field(default_factory=list[Sequence[int]])
+    hosts: list[Sequence[Any]] = field(default_factory=list[Sequence[Any]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +47,20 @@ class Segment:
 class Group:
     """All invocations of one block: their numbers, by level, and their rows in the tables of their function."""
 
-    block: RunnableBlock
+    pile: Pile
     tasks: Index
     rows: Index
+    order: Index
+    """The invocations as they are in the pile, by level."""
     segments: list[Segment] = field(default_factory=list[Segment])
     children: list[Tensor] = field(default_factory=list[Tensor])
     """For each invocation that the block makes: the row of it, for all invocations of the block."""
     child_rows: list[Index] = field(default_factory=list[Index])
+
+    @property
+    def block(self) -> RunnableBlock:
+        """The block that they run."""
+        return self.pile.block
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -93,59 +101,32 @@ class Schedule:
         return known
 
 
-def levels_of(tasks: Sequence[Task]) -> list[int]:
-    """Return the level of each invocation."""
-    levels: list[int] = []
-    append = levels.append
-    for task in tasks:
-        top = -1
-        for child in task[1]:
-            level = levels[child]
-            if level > top:
-                top = level
-        append(top + 1)
-    return levels
-
-
-def make_schedule(tasks: Sequence[Task], device: torch.device, requested: Sequence[int], shared: bool) -> Schedule:
-    """Put invocations in order. `tasks` has each one after those it takes tensors from."""
-    numbers: dict[RunnableBlock, int] = {}
-    members: list[list[int]] = []
-    block_of: list[int] = []
-    for number, task in enumerate(tasks):
-        block = task[0]
-        key = numbers.get(block)
-        if key is None:
-            key = numbers[block] = len(members)
-            members.append([])
-        members[key].append(number)
-        block_of.append(key)
-    blocks = list(numbers)
-    functions = sorted({block.function for block in blocks})
-    level = np.array(levels_of(tasks), dtype=np.int64)
-    which = np.array(block_of, dtype=np.int64)
-    function = np.array([functions.index(block.function) for block in blocks], dtype=np.int64)[which]
-    order = np.lexsort((which, level, function))
+def make_schedule(
+    piles: Sequence[Pile], levels: Sequence[int], device: torch.device, requested: Sequence[int], shared: bool
+) -> Schedule:
+    """Put invocations in order. `levels` has the level of each, by its number."""
+    level = np.array(levels, dtype=np.int64)
+    functions = sorted({pile.block.function for pile in piles})
+    members = [np.array(pile.tasks, dtype=np.int64) for pile in piles]
+    group_of, function, place, row = (np.empty(len(level), dtype=np.int64) for _ in range(4))
+    for index, (pile, numbers) in enumerate(zip(piles, members, strict=True)):
+        group_of[numbers] = index
+        function[numbers] = functions.index(pile.block.function)
+    order = np.lexsort((group_of, level, function))
     counts = np.bincount(function, minlength=len(functions))
-    row = np.empty(len(tasks), dtype=np.int64)
-    row[order] = np.arange(len(tasks))
+    row[order] = np.arange(len(level))
     row -= (np.cumsum(counts) - counts)[function]
-    groups = [_group(block, np.array(m, dtype=np.int64), level, row) for block, m in zip(blocks, members, strict=True)]
-    place = np.empty(len(tasks), dtype=np.int64)
-    for group in groups:
-        place[group.tasks] = np.arange(len(group.tasks))
     sizes = dict(zip(functions, counts.tolist(), strict=True))
-    levels: list[list[Segment]] = [[] for _ in range(int(level.max()) + 1)]
-    schedule = Schedule(device, groups, levels, row, which, place, sizes, list(requested), shared)
-    for index, group in enumerate(groups):
+    steps: list[list[Segment]] = [[] for _ in range(int(level.max()) + 1)]
+    schedule = Schedule(device, [], steps, row, group_of, place, sizes, list(requested), shared)
+    for index, (pile, numbers) in enumerate(zip(piles, members, strict=True)):
+        by_level = np.argsort(level[numbers], kind="stable")
+        place[numbers[by_level]] = np.arange(len(numbers))
+        group = Group(pile, numbers[by_level], row[numbers[by_level]], by_level)
+        schedule.groups.append(group)
         _cut(schedule, index, group, level)
-    _children(schedule, tasks)
+    _children(schedule)
     return schedule
-
-
-def _group(block: RunnableBlock, members: Index, level: Index, row: Index) -> Group:
-    members = members[np.argsort(level[members], kind="stable")]
-    return Group(block, members, row[members])
 
 
 def _cut(schedule: Schedule, index: int, group: Group, level: Index) -> None:
@@ -158,12 +139,12 @@ def _cut(schedule: Schedule, index: int, group: Group, level: Index) -> None:
         schedule.levels[int(levels[start])].append(segment)
 
 
-def _children(schedule: Schedule, tasks: Sequence[Task]) -> None:
+def _children(schedule: Schedule) -> None:
     """Look up the rows of children, in one upload."""
     parts: list[Index] = []
     for group in schedule.groups:
         if group.block.callees:
-            numbers = np.array([tasks[number][1] for number in group.tasks.tolist()], dtype=np.int64)
+            numbers = np.array(group.pile.invocations, dtype=np.int64)[group.order]
             group.child_rows = list(schedule.row[numbers].T.copy())
             parts += group.child_rows
     if not parts:
