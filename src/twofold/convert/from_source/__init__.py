@@ -4,7 +4,7 @@ from .blocks import Block, Operand, make_block, tensor_results
 from .convert import Converted, Function, convert
 from .functions import Outer, Recursive
 from .planner import PlannerSource, planner_source
-from .refusals import Refusal, Refused
+from .refusals import Refusal, Refused, line_of
 from .slices import Kind, Slices, slice_graph
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Refused",
     "Slices",
     "convert",
+    "line_of",
     "make_block",
     "planner_source",
     "slice_graph",

@@ -33,8 +33,9 @@ class Operand:
 class Block:
     """Straight-line tensor code of one sequence of decisions.
 
-    The inputs of `body` are one value for each of `operands`, then one for each host value; its outputs are the
-    function's tensor results (`results` says which), then the tensors that the host is handed to keep.
+    The inputs of `body` are one value for each of `operands`, then one for each host value. Its outputs are the
+    function's tensor results, then the tensors that the host is handed to keep; `results` numbers them: the former as
+    the function lists them, the latter -1, -2, ...
     """
 
     function: str
@@ -45,11 +46,6 @@ class Block:
     results: tuple[int, ...]
     callees: tuple[str, ...]
     """The function called by each invocation, in order."""
-
-    @property
-    def exports(self) -> int:
-        """How many tensors the host is handed."""
-        return len(self.body.outputs) - len(self.results)
 
 
 def in_tensor_slice(node: Node, slices: Slices) -> bool:
@@ -130,8 +126,9 @@ class _Walk:
         operands = {operand: value for operand, value in self.operands.items() if value in used}
         name = f"{self.function}.{'.'.join(str(decision) for decision in self.decisions)}".rstrip(".")
         linear = SubGraph(name, (*operands.values(), *self.hosts), tuple(self.nodes), (*outputs, *self.exports))
+        numbers = (*results, *(-1 - index for index in range(len(self.exports))))
         return Block(
-            self.function, self.decisions, linear, tuple(operands), len(self.hosts), results, tuple(self.callees)
+            self.function, self.decisions, linear, tuple(operands), len(self.hosts), numbers, tuple(self.callees)
         )
 
     def _fresh(self) -> Value:

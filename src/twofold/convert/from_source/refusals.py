@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from dataclasses import dataclass
 
 from twofold.graph import Origin
@@ -12,6 +13,7 @@ HINTS: dict[str, str] = {
     "unsupported_call": "Call torch functions, nn.Modules, functions written in Python, or pass no tensors to it.",
     "return_in_loop": "Return after the loop; keep what was found in a variable.",
     "tensor_fetch": "Decide with Python values; or leave the function undecorated, it then runs as plain Python.",
+    "tensor_argument": "Pass Python values down and tensors up; compute from the results of the calls.",
     "recursive_helper": "Decorate the helper with twofold.subgraph too.",
     "module_hook": "Remove the hook, or call the operations of the module's forward directly.",
     "random": "Switch the module to evaluation mode; batched execution cannot draw eager's random numbers in order.",
@@ -38,6 +40,11 @@ class Refusal:
         where = f" ({self.origin})" if self.origin else ""
         shown = f"\n    {self.line.strip()}" if self.line else ""
         return f"{self.code}: {self.construct}{where}{shown}\n{self.hint}"
+
+
+def line_of(origin: Origin) -> str:
+    """Return the text of a source line, or nothing where it cannot be read."""
+    return linecache.getline(origin.file, origin.line)
 
 
 class Refused(Exception):

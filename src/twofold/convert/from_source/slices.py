@@ -22,7 +22,7 @@ from twofold.graph import Argument, Constant, Graph, Node, Origin, SubGraph, Val
 from .convert import Converted
 from .expressions import is_library
 from .functions import Outer
-from .refusals import Refusal, Refused
+from .refusals import Refusal, Refused, line_of
 from .targets import apply, method, unpack
 
 
@@ -41,6 +41,12 @@ KEEPERS = frozenset({"append", "add", "insert", "setdefault", "appendleft"})
 _ARITHMETIC = frozenset(
     {getattr(operator, name) for name in "add sub mul truediv floordiv mod pow neg pos eq ne lt le gt ge not_".split()}
 )
+RANDOM = frozenset(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu gumbel_softmax rand rand_like randn"
+    " randn_like randint randint_like randperm normal normal_ bernoulli bernoulli_ multinomial poisson uniform_ batch_norm"
+    " exponential_ scaled_dot_product_attention".split()
+)
+_RANDOM_MODULES = (torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU, torch.nn.modules.batchnorm._NormBase)
 _CONTAINERS = (list, tuple, dict, unpack, reversed, zip, enumerate)
 _NUMBERS = (bool, int, float, type(None), str)
 
@@ -153,7 +159,9 @@ class _Analysis:
     def _invoke(self, node: Node) -> None:
         callee = self._graph.subgraphs[str(node.target)]
         for argument, value in zip(node.arguments, callee.inputs, strict=True):
-            self._raise_to(value, self.slices.given(argument))
+            if self.slices.given(argument) >= Kind.MIXED:
+                raise self._refused("tensor_argument", "a tensor is an argument of a recursive call", node)
+            self._raise_to(value, Kind.HOST)
         for result, output in zip(node.results, callee.outputs, strict=True):
             self._raise_to(result, self.slices.given(output))
 
@@ -229,6 +237,7 @@ class _Analysis:
 
     def _tensor_call(self, node: Node) -> Kind:
         target: Any = node.target
+        self._check_repeatable(node)
         if target is method and node.arguments[1] in FETCHES or target in (bool, int, float, operator.not_):
             raise self._refused("tensor_fetch", "the value of a tensor is read", node)
         if target is apply and not self._computes_tensors(node):
@@ -237,6 +246,22 @@ class _Analysis:
         if builtin and target not in (sum, max, min, abs, pow, slice):
             raise self._refused("unsupported_call", f"{target.__name__} is given tensors", node)
         return Kind.TENSOR
+
+    def _check_repeatable(self, node: Node) -> None:
+        """Refuse what draws random numbers, or writes to what is outside."""
+        target: Any = node.target
+        name = node.arguments[1] if target is method else getattr(target, "__name__", "")
+        callee = self._callee(node) if target is apply else None
+        modules = list(callee.modules()) if isinstance(callee, torch.nn.Module) else []
+        if name in RANDOM or any(isinstance(m, _RANDOM_MODULES) and m.training for m in modules):
+            raise self._refused("random", "random numbers are drawn, or statistics updated", node)
+        if any(_has_hook(module) for module in modules):
+            raise self._refused("module_hook", f"{type(callee).__name__} has a hook", node)
+        writes = isinstance(name, str) and name.endswith("_") and not name.endswith("__")
+        receiver = node.arguments[0] if node.arguments else None
+        in_place = name in ("iadd", "isub", "imul", "itruediv")
+        if (writes or in_place) and isinstance(receiver, Value) and receiver in self.slices.fixed:
+            raise self._refused("unsupported_call", "a tensor from outside is written to", node)
 
     def _host_method(self, node: Node, kind: Kind) -> Kind:
         receiver, name, *arguments = node.arguments
@@ -249,6 +274,8 @@ class _Analysis:
     def _kept(self, node: Node, receiver: Argument, argument: Argument, kind: Kind) -> Kind:
         """A container is handed something: one made in this function becomes mixed, others are handed an export."""
         if kind >= Kind.MIXED or self.slices.is_tensor(argument):
+            if any(self.slices.kinds.get(value) is Kind.MIXED for value in values_in(argument)):
+                raise self._refused("unsupported_call", "a list with tensors in it is kept by a Python object", node)
             if isinstance(receiver, Value) and receiver in self._local_lists():
                 self._raise_to(receiver, Kind.MIXED)
             else:
@@ -279,10 +306,13 @@ class _Analysis:
 
 def refused(code: str, construct: str, origin: Origin | None) -> Refused:
     """Return the exception that refuses what comes from a line."""
-    import linecache
+    return Refused(Refusal(code, construct, origin, line_of(origin) if origin else ""))
 
-    line = linecache.getline(origin.file, origin.line) if origin else ""
-    return Refused(Refusal(code, construct, origin, line))
+
+def _has_hook(module: torch.nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _is_torch(target: Any) -> bool:

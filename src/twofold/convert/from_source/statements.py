@@ -326,8 +326,7 @@ class Body:
         module: torch.nn.Module = callee.object
         if type(module).__module__.startswith("torch."):
             return self.call(at, apply, self.use(callee), *arguments, **keywords)
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             raise self.source.refuse("module_hook", f"{type(module).__name__} has a hook", at)
         return self.inline(at, callee.attribute("forward"), arguments, keywords)
 

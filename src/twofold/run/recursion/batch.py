@@ -35,14 +35,22 @@ class Batch:
         self._levels: list[int] = []
         self._piles: dict[RunnableBlock, Pile] = {}
         self._wanted: list[tuple[Request, weakref.ref[Deferred]]] = []
+        self._versions: Sequence[int] = ()
+        self._shared = False
 
     # While planners run.
 
-    def begin(self) -> None:
-        """Take up a call made from ordinary Python."""
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits."""
+        return not self._levels
+
+    def begin(self, versions: Sequence[int]) -> None:
+        """Take up a call made from ordinary Python; `versions` are those of the tensors from outside."""
         if self._levels and self._grad != torch.is_grad_enabled():
             PENDING.flush()
-        self._grad = torch.is_grad_enabled()
+        if not self._levels:
+            self._grad, self._versions = torch.is_grad_enabled(), versions
 
     def pile(self, block: RunnableBlock) -> Pile:
         """Return where the invocations of a block wait."""
@@ -53,6 +61,14 @@ class Batch:
 
     def emit(self, pile: Pile, invocations: Sequence[int], hosts: Sequence[Any], kept: Sequence[Deferred]) -> int:
         """Add an invocation; return its number. Levels count from the leaves."""
+        for host in hosts:
+            if type(host) is Deferred:
+                pile, invocations, hosts = self._link(pile, invocations, hosts)
+                break
+        if pile.block.constant_hosts:
+            steering = pile.block.constant_hosts
+            pile = self.pile(pile.block.variant(hosts))
+            hosts = [host for index, host in enumerate(hosts) if index not in steering]
         levels = self._levels
         number = len(levels)
         top = -1
@@ -60,57 +76,87 @@ class Batch:
             if levels[child] > top:
                 top = levels[child]
         levels.append(top + 1)
-        block = pile.block
-        if block.constant_hosts:
-            steering = block.constant_hosts
-            pile = self.pile(block.variant(hosts))
-            hosts = [host for index, host in enumerate(hosts) if index not in steering]
         pile.tasks.append(number)
         pile.invocations.append(invocations)
         pile.hosts.append(hosts)
         if kept:
-            first = len(block.block.results)
+            first = len(pile.block.block.results) - len(kept)
             for index, deferred in enumerate(kept):
-                self.want(Request(number, first + index), deferred)
+                self.want(pile.block, number, first + index, deferred)
         return number
 
-    def want(self, request: Request, deferred: Deferred) -> None:
+    def _link(self, pile: Pile, invocations: Sequence[int], hosts: Sequence[Any]) -> Any:
+        """Make host values that wait in this batch results of invocations."""
+        places: list[tuple[int, str, int]] = []
+        others: list[Any] = []
+        numbers = list(invocations)
+        for index, host in enumerate(hosts):
+            if type(host) is not Deferred:
+                others.append(host)
+                continue
+            place = host.__dict__.get("place")
+            if place is None or place[0] is not self:
+                raise TwofoldError(
+                    "a recursive call takes a tensor that other deferred calls or operations have yet to compute; use its"
+                    " value first, for example print it or call .detach()"
+                )
+            places.append((index, *place[2:]))
+            numbers.append(place[1])
+        self._shared = True
+        return self.pile(pile.block.linked(places)), numbers, others
+
+    def want(self, block: RunnableBlock, number: int, output: int, deferred: Deferred) -> None:
         """Have a deferred tensor filled in with an output of an invocation."""
-        self._wanted.append((request, weakref.ref(deferred)))
+        deferred.place = self, number, block.function, block.block.results[output]
+        self._wanted.append((Request(number, output), weakref.ref(deferred)))
+
+    def want_result(self, number: int, output: int, deferred: Deferred) -> None:
+        """Have a deferred tensor filled in with a result of an invocation of the program's function."""
+        deferred.place = self, number, self._program.converted.entry, self._program.results[output]
+        self._wanted.append((Request(number, output), weakref.ref(deferred)))
 
     # At the flush.
 
     def flush(self) -> None:
         """Compute all invocations and fill in the tensors that are still held."""
-        levels, wanted = self._levels[:], self._wanted
+        levels, wanted, shared = self._levels[:], self._wanted, self._shared
         piles = [Pile(pile.block, pile.tasks, pile.invocations, pile.hosts) for pile in self._piles.values() if pile.tasks]
         self._levels.clear()
-        self._wanted = []
+        self._wanted, self._shared = [], False
         for pile in self._piles.values():
             pile.tasks, pile.invocations, pile.hosts = [], [], []
         held = [(request, deferred) for request, ref in wanted if (deferred := ref()) is not None]
         requests = list(dict.fromkeys(request for request, _ in held))
-        if not requests:
+        if not piles:
             return
+        if list(self._versions) != self._program.versions():
+            raise StaleError(
+                "a parameter or another tensor from outside was written to between a call of"
+                f" {self._program.converted.entry} and the use of its result; use the result first"
+            )
         with torch.set_grad_enabled(self._grad):
-            found = dict(zip(requests, self._compute(piles, levels, requests), strict=True))
+            found = dict(zip(requests, self._compute(piles, levels, requests, shared), strict=True))
         for request, deferred in held:
             fill(deferred, found[request])
 
-    def _compute(self, piles: list[Pile], levels: list[int], requests: list[Request]) -> Sequence[Tensor]:
+    def _compute(self, piles: list[Pile], levels: list[int], requests: list[Request], shared: bool) -> Sequence[Tensor]:
         samples = self._program.tables.samples
         if all((pile.block.function, result) in samples for pile in piles for result in pile.block.block.results):
             try:
-                return self._together(piles, levels, requests)
-            except NotBatchableError:
+                return self._together(piles, levels, requests, shared)
+            except NotBatchableError as error:
+                self._program.refusals[str(error)] = self._program.refusals.get(str(error), 0) + 1
+            except Exception:  # noqa: BLE001 - one by one, the operation that fails is found, with its line
                 pass
         return one_by_one(piles, len(levels), requests, samples)
 
-    def _together(self, piles: list[Pile], levels: list[int], requests: list[Request]) -> Sequence[Tensor]:
+    def _together(
+        self, piles: list[Pile], levels: list[int], requests: list[Request], shared: bool
+    ) -> Sequence[Tensor]:
         """Run all invocations level by level. Raises `NotBatchableError`."""
         tables = self._program.tables
         device = next(iter(tables.samples.values())).device
-        schedule = make_schedule(piles, levels, device, [request.task for request in requests], False)
+        schedule = make_schedule(piles, levels, device, [request.task for request in requests], shared)
         columns = [_columns(group, device) for group in schedule.groups]
         parameters = list({id(p): p for pile in piles for p in pile.block.parameters}.values())
         differentiate = self._grad and (bool(parameters) or any(c.requires_grad for held in columns for c in held))
@@ -159,7 +205,7 @@ def _own(value: Any) -> Tensor:
     """Return a value as a tensor object that nobody else holds."""
     if not isinstance(value, Tensor):
         return torch.tensor(value)
-    return value.view_as(value) if isinstance(value, torch.nn.Parameter) else value
+    return value.view_as(value)
 
 
 class StaleError(TwofoldError):

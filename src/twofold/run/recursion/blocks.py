@@ -69,6 +69,17 @@ class RunnableBlock:
             known = self.variants[key] = RunnableBlock(_specialised(self.block, self.constant_hosts, hosts))
         return known
 
+    def linked(self, places: Sequence[tuple[int, str, int]]) -> RunnableBlock:
+        """Return the block with host values that are results of waiting invocations as operands.
+
+        `places` has, for each, which host value it is, the function and the number of the result.
+        """
+        key = ("linked", *places)
+        known = self.variants.get(key)
+        if known is None:
+            known = self.variants[key] = RunnableBlock(_linked(self.block, places))
+        return known
+
     def run(self, operands: Sequence[Tensor], hosts: Sequence[Any]) -> list[Any]:
         """Run one invocation with PyTorch's own operations."""
         return run_body(self.block.body, [*operands, *hosts], {})
@@ -111,6 +122,21 @@ def _specialised(block: Block, steering: Sequence[int], hosts: Sequence[Any]) ->
     inputs = tuple(value for value in body.inputs if value not in fixed)
     linear = SubGraph(body.name, inputs, nodes, tuple(rename(output) for output in body.outputs))
     return replace(block, body=linear, hosts=block.hosts - len(fixed))
+
+
+def _linked(block: Block, places: Sequence[tuple[int, str, int]]) -> Block:
+    body, first = block.body, len(block.operands)
+    taken = [body.inputs[first + index] for index, _, _ in places]
+    hosts = [value for value in body.inputs[first:] if value not in taken]
+    invocations = len(block.callees)
+    operands = [Operand(invocations + n, callee, result) for n, (_, callee, result) in enumerate(places)]
+    return replace(
+        block,
+        body=replace(body, inputs=(*body.inputs[:first], *taken, *hosts)),
+        operands=(*block.operands, *operands),
+        hosts=len(hosts),
+        callees=(*block.callees, *(callee for _, callee, _ in places)),
+    )
 
 
 def _constant(held: Any) -> Any:

@@ -7,6 +7,7 @@ each deferred object becomes the ordinary tensor that it stood for, and the oper
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 from twofold.errors import TwofoldError
@@ -56,7 +58,9 @@ class Noted(NamedTuple):
 
 
 class Deferred(torch.Tensor):
-    """A tensor whose value is not there yet."""
+    """A tensor whose value is not there yet. `place` says which output of which waiting invocation it is, if one."""
+
+    place: tuple[Any, int, str, int]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,6 +83,7 @@ def fill(deferred: Deferred, value: Tensor) -> None:
     """Turn a deferred object into the tensor it stands for, whose own object is used up."""
     torch._C._swap_tensor_impl(deferred, value)  # type: ignore[attr-defined]
     deferred.__class__ = torch.Tensor  # type: ignore[assignment]
+    deferred.__dict__.pop("place", None)
 
 
 class Pending(threading.local):
@@ -141,3 +146,9 @@ class Pending(threading.local):
 
 _IN_PLACE = frozenset({Tensor.__iadd__, Tensor.add_})
 PENDING = Pending()
+
+
+@functools.cache
+def flush_before_steps() -> None:
+    """Have everything that waits computed before any optimizer changes parameters."""
+    register_optimizer_step_pre_hook(lambda *_: PENDING.flush())

@@ -80,9 +80,8 @@ class Run:
                     run.tangents[name] = table
 
     def _table(self, run: GroupRun, output: int) -> Table:
-        """Return the table of a block's output; exports have a number that no result has."""
-        results = run.group.block.block.results
-        return run.function, results[output] if output < len(results) else -1
+        """Return the table of a block's output."""
+        return run.function, run.group.block.block.results[output]
 
     # Forward.
 

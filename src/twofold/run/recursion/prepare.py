@@ -95,8 +95,7 @@ def stage_group(block: RunnableBlock, columns: Sequence[Tensor], tables: Tables,
 
 
 def _trace(block: RunnableBlock, samples: list[Sample], tables: Tables, differentiate: bool) -> Joint:
-    results = [tables.samples.get((block.function, result)) for result in block.block.results]
-    expected = [*results, *[None] * block.block.exports]
+    expected = [tables.samples.get((block.function, result)) for result in block.block.results]
     joint = trace_joint(block.block.body, samples, expected, block.parameters if differentiate else [])
     for sample, output in zip(expected, joint.outputs, strict=True):
         value = output.meta["val"]

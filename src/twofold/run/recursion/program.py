@@ -10,12 +10,13 @@ from collections.abc import Callable, Generator, Sequence
 from types import GeneratorType
 from typing import Any
 
+import torch
+
 from twofold.convert.from_source import Converted, Slices, make_block, planner_source, tensor_results
 
 from .batch import Batch, Pile
 from .blocks import RunnableBlock
-from .deferred import PENDING, Deferred, defer
-from .execute import Request
+from .deferred import PENDING, defer
 from .prepare import Tables
 
 WALKED = 100
@@ -32,10 +33,14 @@ class Program:
         self.slices = slices
         self.blocks: dict[tuple[str, tuple[Any, ...]], RunnableBlock] = {}
         self.tables = Tables()
+        self.refusals: dict[str, int] = {}
+        """Why blocks ran one invocation at a time, and how often."""
+        held = [tensor for fixed in slices.fixed.values() for tensor in _tensors(fixed)]
+        self._tensors = list({id(tensor): tensor for tensor in held}.values())
         self.batch = Batch(self)
         self._walk = self._make_planners()[f"walk_{converted.entry}"]
         entry = converted.functions[converted.entry]
-        self._results = tensor_results(converted.graph.subgraphs[entry.name], slices)
+        self.results = tensor_results(converted.graph.subgraphs[entry.name], slices)
         self._count = entry.results
 
     def _make_planners(self) -> dict[str, Callable[..., Any]]:
@@ -69,22 +74,31 @@ class Program:
         blocks = list(self.blocks.values())
         return [*blocks, *(variant for block in blocks for variant in block.variants.values())]
 
+    def versions(self) -> list[int]:
+        """Return the version counters of the tensors from outside."""
+        return [tensor._version for tensor in self._tensors]
+
     def call(self, arguments: Sequence[Any]) -> Any:
         """Plan one call from ordinary Python; return its results, tensors deferred."""
-        self.batch.begin()
+        self.batch.begin(self.versions())
         PENDING.add(self.batch)
         held = self._walk(*arguments, WALKED)
         number, hosts = (held, ()) if type(held) is int else (held[0], held[1:])
         others = iter(hosts)
         results: list[Any] = []
         for index in range(self._count or 1):
-            results.append(self._deferred(number, index) if index in self._results else next(others))
+            if index in self.results:
+                results.append(deferred := defer())
+                self.batch.want_result(number, self.results.index(index), deferred)
+            else:
+                results.append(next(others))
         return results[0] if self._count is None else tuple(results)
 
-    def _deferred(self, number: int, result: int) -> Deferred:
-        deferred = defer()
-        self.batch.want(Request(number, self._results.index(result)), deferred)
-        return deferred
+
+def _tensors(held: object) -> list[torch.Tensor]:
+    if isinstance(held, torch.nn.Module):
+        return [*held.parameters(), *held.buffers()]
+    return [held] if isinstance(held, torch.Tensor) else []
 
 
 def drive(planner: Generator[Any, Any, None]) -> Any:

@@ -19,15 +19,18 @@ any subset of them, and its rows be joined along that dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from twofold.graph import Constant, Value, evaluate
+from twofold.convert.from_source import line_of
+from twofold.graph import Constant, Node, SubGraph, Value, evaluate, values_in
 
 aten = torch.ops.aten
 SIZES = (5, 7)
@@ -88,22 +91,58 @@ class Joint:
     """For nodes with a batch dimension: which one it is, and how many rows in it belong to an invocation."""
 
 
-def run_body(body: Any, values: Sequence[Any], targets: dict[Any, Any]) -> list[Any]:
-    """Run straight-line code on values of its inputs; `targets` are calls to be replaced."""
+def run_body(body: SubGraph, values: Sequence[Any], targets: Mapping[Any, Any]) -> list[Any]:
+    """Run straight-line code on values of its inputs; `targets` are calls to be replaced.
+
+    What an operation raises carries the user's line as a note.
+    """
     environment: dict[Value, Any] = dict(zip(body.inputs, values, strict=True))
+    grad = torch.is_grad_enabled()
     for node in body.nodes:
-        arguments = [evaluate(argument, environment) for argument in node.arguments]
-        if node.op == "call":
-            keywords = {name: evaluate(argument, environment) for name, argument in node.keywords}
-            target = targets.get(node.target, node.target)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and node.ambient.grad):
-                held = target(*arguments, **keywords)
-        elif node.op == "get_attr":
-            held = getattr(*arguments)
-        else:
-            held = arguments[0][arguments[1]]
-        environment[node.results[0]] = held
+        try:
+            with torch.set_grad_enabled(grad and node.ambient.grad):
+                environment[node.results[0]] = _run_node(node, environment, targets)
+        except Exception as error:
+            if node.origin is not None:
+                error.add_note(f"in {node.origin.function}, {node.origin}: {line_of(node.origin).strip()}")
+            raise
     return [evaluate(output, environment) for output in body.outputs]
+
+
+def _run_node(node: Node, environment: Mapping[Value, Any], targets: Mapping[Any, Any]) -> Any:
+    arguments = [evaluate(argument, environment) for argument in node.arguments]
+    if node.op == "get_attr":
+        return getattr(*arguments)
+    if node.op == "get_item":
+        return arguments[0][arguments[1]]
+    keywords = {name: evaluate(argument, environment) for name, argument in node.keywords}
+    target: Any = targets.get(node.target, node.target)
+    return target(*arguments, **keywords)
+
+
+def without_writes(body: SubGraph) -> SubGraph:
+    """Return a body in which `a += b` on a tensor that nothing else sees is `a + b`."""
+    uses = Counter(value for node in body.nodes for value in node.operands)
+    uses.update(value for output in body.outputs for value in values_in(output))
+    fresh: set[Value] = set()
+    nodes: list[Node] = []
+    for node in body.nodes:
+        plain = _OUT_OF_PLACE.get(node.target)
+        if plain is not None and node.arguments[0] in fresh and uses[node.arguments[0]] == 1:  # type: ignore[index]
+            node = replace(node, target=plain)
+        if node.target in _FRESH:
+            fresh.update(node.results)
+        nodes.append(node)
+    return replace(body, nodes=tuple(nodes))
+
+
+_OUT_OF_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+_FRESH: frozenset[Any] = frozenset({*_OUT_OF_PLACE.values(), torch.zeros, torch.ones, torch.zeros_like, torch.ones_like})
 
 
 def construct(data: Any, dtype: torch.dtype | None = None, device: Any = None, requires_grad: bool = False) -> Tensor:
@@ -155,6 +194,7 @@ def trace_joint(body: Any, samples: Sequence[Sample], results: Sequence[Sample |
 
     `results` gives, where it is known, what an output that may be a plain number must be.
     """
+    body = without_writes(body)
     traced = [_trace(body, samples, results, parameters, size) for size in SIZES]
     return _unify(*traced)
 
