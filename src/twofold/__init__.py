@@ -6,6 +6,7 @@ where and why.
 
 from twofold.api import Function, Program, function, program, report, wait_for_compilation
 from twofold.errors import BackendUnavailableError, NotConvertibleError, OptionError, TwofoldError
+from twofold.subgraph import subgraph
 
 __all__ = [
     "BackendUnavailableError",
@@ -17,5 +18,6 @@ __all__ = [
     "function",
     "program",
     "report",
+    "subgraph",
     "wait_for_compilation",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any, overload
 from weakref import WeakKeyDictionary
 
@@ -112,12 +113,15 @@ class _World:
         return state
 
 
+_COMPARED = (int, float, str, MethodType)
+
+
 def _unchanged(outer: Outer) -> bool:
     try:
         now = outer.read()
     except (AttributeError, KeyError, ValueError):
         return False
-    return now is outer.object or (type(now) is type(outer.object) in (int, float, str) and now == outer.object)
+    return now is outer.object or (type(now) is type(outer.object) in _COMPARED and now == outer.object)
 
 
 def _watched() -> bool:
@@ -132,9 +136,9 @@ def _watched() -> bool:
 
 
 @overload
-def subgraph(function: Callable[..., Any]) -> SubGraphFunction: ...
+def subgraph(function: Callable[..., Any], *, strict: bool = ...) -> SubGraphFunction: ...
 @overload
-def subgraph(*, strict: bool = ...) -> Callable[[Callable[..., Any]], SubGraphFunction]: ...
+def subgraph(function: None = ..., *, strict: bool = ...) -> Callable[[Callable[..., Any]], SubGraphFunction]: ...
 def subgraph(function: Callable[..., Any] | None = None, *, strict: bool = False) -> Any:
     """Run a plain recursive function as a recursive SubGraph, batched over all its invocations.
 

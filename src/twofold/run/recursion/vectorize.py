@@ -336,11 +336,25 @@ def _batch_dimension(a: fx.Node, b: fx.Node) -> tuple[int, int] | None:
 _ALIASES = frozenset({aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default})
 
 
+_RESHAPED_IN_PLACE: dict[Any, Any] = {
+    aten.squeeze_.dims: aten.squeeze.dims,
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.squeeze_.default: aten.squeeze.default,
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+    aten.t_.default: aten.t.default,
+}
+
+
+def _sole_use(node: fx.Node) -> bool:
+    return bool(node.args) and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1
+
+
 def _simplify(graph: fx.Graph) -> None:
     """Remove what tracing leaves behind: aliases, views that change nothing, transposes of transposes."""
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
+        node.target = _RESHAPED_IN_PLACE.get(node.target, node.target) if _sole_use(node) else node.target
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise NotBatchableError(f"{node.target} writes in place")
         if node.target is aten._unsafe_view.default:
