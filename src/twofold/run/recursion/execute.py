@@ -134,9 +134,11 @@ class Run:
     def _joined(self, run: GroupRun, crossing: Crossing) -> Any:
         parts = run.by_level.get(crossing.name)
         if parts is not None and parts[0] is not None:
-            if crossing.dimension is None or len(parts) == 1:
+            if len(parts) == 1:
                 return parts[0]
-            return torch.cat(parts, crossing.dimension)
+            if crossing.dimension is not None:
+                return torch.cat(parts, crossing.dimension)
+            return sum(parts) if crossing.source is Stage.BACK else parts[0]
         if crossing.name in run.tangents:
             return self._of_rows(self._gradients[run.tangents[crossing.name]], run.group)
         place, table = run.operands[crossing.name]

@@ -22,7 +22,7 @@ from .prepare import Tables
 WALKED = 100
 """Levels that are walked by ordinary recursion, which is faster, before a stack of our own is used."""
 FIRST_DEPTH_CHECK = 20_000
-DEEPEST = 2_000_000
+DEEPEST = 1_000_000
 
 
 class Program:

@@ -42,15 +42,23 @@ _VIEWS = frozenset(
         aten.select.int,
         aten.permute.default,
         aten.transpose.int,
-        operator.getitem,
     }
 )
-"""Operations so cheap that each stage makes its own."""
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Say whether a node is so cheap that each stage makes its own."""
+    if node.target is operator.getitem:
+        return node.all_input_nodes[0].target in _VIEWS
+    return node.target in _VIEWS
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """A value that one stage takes from another: rows are along `dimension`, `each` for an invocation; or it has none."""
+    """A value that one stage takes from another: rows are along `dimension`, `each` for an invocation; or it has none.
+
+    Without rows, what `BACK` makes is a sum over them (a parameter's gradient), and anything else the same for all.
+    """
 
     name: str
     source: Stage | None
@@ -207,7 +215,9 @@ class Cut:
                     group.add(node)
             if node not in needed or node.op in ("placeholder", "output", "get_attr"):
                 continue
-            if node in backward:
+            if node.target is operator.getitem and not _is_view(node):
+                self.stage[node] = self.stage[sources[0]]
+            elif node in backward:
                 back = Stage.BACK if node in downward else Stage.FINISH
                 self.stage[node] = back if node in from_parents else Stage.TURN
             elif node not in forward:
@@ -216,10 +226,16 @@ class Cut:
                 self.stage[node] = Stage.LEVEL if node in upward else Stage.AFTER
             else:
                 self.stage[node] = Stage.BEFORE
+            self._check_rows(node, from_children)
+
+    def _check_rows(self, node: fx.Node, from_children: set[fx.Node]) -> None:
+        single = isinstance(node.meta.get("val"), Tensor) and node not in self.joint.rows
+        if single and self.stage[node] is Stage.LEVEL and node in from_children:
+            raise NotBatchableError(f"{node.target} relates invocations to one another")
 
     def _base(self, node: fx.Node, stage: Stage) -> fx.Node:
         """Return the node that a stage takes instead of a view of it that it makes itself."""
-        while node.target in _VIEWS and self.stage.get(node) is not stage:
+        while _is_view(node) and self.stage.get(node) is not stage:
             node = node.args[0]  # type: ignore[assignment]
         return node
 
@@ -268,7 +284,7 @@ class _Writer:
             return node.name
         if node.op == "get_attr":
             self.objects[node.name] = self.cut.joint.constants[node.name]
-        elif self.cut.stage.get(node) is self.stage or node.target in _VIEWS:
+        elif self.cut.stage.get(node) is self.stage or _is_view(node):
             self.node(node)
         else:
             self.taken[node] = None
