@@ -102,10 +102,7 @@ def lists_and_reductions(decorate: Decorate) -> Recursion:
         x = own(embedding(torch.tensor([node.word])))
         if len(states) == 0:
             return x.tanh()
-        if node.label % 2:
-            best = torch.stack(states).amax(0)
-        else:
-            best = sum(states) / len(states)
+        best = torch.stack(states).amax(0) if node.label % 2 else sum(states) / len(states)
         return torch.relu(x + down(best)) * node.weight
 
     return Recursion(encode, lambda tree: encode(tree).sum(), _parameters(own, down, embedding))
@@ -200,7 +197,9 @@ def mutual(decorate: Decorate) -> Recursion:
             x, loss = x * h, loss + 2.0 * below
         return torch.sigmoid(odd_layer(x)), loss
 
-    return Recursion(even, lambda tree: even(tree)[0].sum() + even(tree)[1], _parameters(even_layer, odd_layer, embedding))
+    return Recursion(
+        even, lambda tree: even(tree)[0].sum() + even(tree)[1], _parameters(even_layer, odd_layer, embedding)
+    )
 
 
 def sums_used_inside(decorate: Decorate) -> Recursion:

@@ -4,7 +4,8 @@ The host decides, invocation by invocation, which side of each choice is taken a
 sequence of decisions makes one block: choices resolved, loops unrolled, helpers inlined. All invocations with the same
 decisions run the same block, and so can run it together.
 
-`Walk` defines the order in which decisions, operands and host values occur; the planner that `planner` generates follows it.
+`Walk` defines the order in which decisions, operands and host values occur; the planner that `planner` generates
+follows it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def in_tensor_slice(node: Node, slices: Slices) -> bool:
         return True
     if id(node) in slices.exports:
         return False
-    return bool(node.arguments) and slices.kind(node.arguments[0]) is Kind.MIXED and node.target in (list.append, method)
+    return (
+        bool(node.arguments) and slices.kind(node.arguments[0]) is Kind.MIXED and node.target in (list.append, method)
+    )
 
 
 def in_host_slice(node: Node, slices: Slices) -> bool:
@@ -67,7 +70,11 @@ def matters(body: SubGraph, slices: Slices) -> bool:
     return any(
         node.op == "invoke"
         or id(node) in slices.exports
-        or (any(matters(nested, slices) for nested in node.subgraphs) if node.subgraphs else in_tensor_slice(node, slices))
+        or (
+            any(matters(nested, slices) for nested in node.subgraphs)
+            if node.subgraphs
+            else in_tensor_slice(node, slices)
+        )
         for node in body.nodes
     ) or any(slices.kind(output) >= Kind.MIXED for output in body.outputs)
 

@@ -1,36 +1,24 @@
 """From a recursive Python function to a graph of SubGraphs.
 
-Each function becomes a SubGraph that is declared before its body, so that it can invoke itself and the others
-(Jeong et al., EuroSys 2018, section 3: forward declaration). Python's objects are values without a spec, attribute reads and
+Each function becomes a SubGraph that is declared before its body, so that it can invoke itself and the others (Jeong
+et al., EuroSys 2018, section 3: forward declaration). Python's objects are values without a spec, attribute reads and
 indexing are nodes, and what is read from outside is an input of the graph (outer references). Which part is computed
 by tensors and which by Python is decided afterwards, in `slices`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from twofold.graph import Graph, GraphBuilder, SubGraphBuilder, Value
 
-from .functions import Outer, Recursive, Source
+from .functions import Function, Outer, Recursive, Source
 from .refusals import Refused
 from .scope import count_results
 from .statements import Body
-
-
-@dataclass(frozen=True)
-class Function:
-    """A function that became a SubGraph: its name, its parameters' names and how many results it lists."""
-
-    name: str
-    source: Source
-    parameters: tuple[str, ...]
-    results: int | None
-    """How many results a tuple lists; None for one that is no tuple."""
-    recursive: Recursive
 
 
 @dataclass(frozen=True)
@@ -93,7 +81,9 @@ class Converter:
         while self._waiting:
             self._convert_body(self._waiting.pop())
         graph = self._builder.finish([])
-        return Converted(graph, {f.name: f for f in self._functions.values()}, self._outer, tuple(self._assumed.values()), entry.name)
+        return Converted(
+            graph, {f.name: f for f in self._functions.values()}, self._outer, tuple(self._assumed.values()), entry.name
+        )
 
     def _convert_body(self, function: Function) -> None:
         builder, source = self._builders[function.name], function.source
@@ -103,10 +93,7 @@ class Converter:
             variables[next(iter(source.signature.parameters))] = Outer.fixed("self", receiver)
         body = Body(self, source, builder, variables)
         held = body.whole(source.definition.body)
-        if function.results is None:
-            outputs = [held]
-        else:
-            outputs = body.items(source.definition, held, function.results)
+        outputs = [held] if function.results is None else body.items(source.definition, held, function.results)
         builder.finish([body.use(output) for output in outputs])
 
     def outer(self, held: Outer) -> Value:
@@ -122,7 +109,7 @@ class Converter:
         self._assumed[held.key] = held
 
     @contextmanager
-    def entering(self, source: Source, refuse: Callable[[], Refused]) -> Iterator[None]:
+    def entering(self, source: Source, refuse: Callable[[], Refused]) -> Generator[None]:
         """Mark a helper function as being converted, to see one that calls itself."""
         if any(source.function is other.function for other in self._open):
             raise refuse()

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from twofold.graph import UnnamedCallableError, Value, qualified_name
 
-from .functions import Outer, Recursive
-from .scope import UNDEFINED, flatten, rebuild, same_form
+from .functions import Outer, Recursive, Source
+from .scope import UNDEFINED
 from .targets import apply, method, unpack
-
-if TYPE_CHECKING:
-    from .statements import Body
 
 _BINARY: dict[type[ast.operator], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -66,37 +64,78 @@ def is_library(function: Any) -> bool:
         return False
 
 
-class Expressions:
+class Expressions(ABC):
     """Converts the expressions of one body; each method returns what the expression holds."""
 
-    def __init__(self, body: Body) -> None:
-        self._body = body
+    source: Source
+    variables: dict[str, Any]
+
+    @abstractmethod
+    def lookup(self, name: str) -> Any:
+        """Return what a name holds: a variable, or something from outside."""
+
+    @abstractmethod
+    def use(self, held: Any) -> Any:
+        """Return what is held as an Argument of a node."""
+
+    @abstractmethod
+    def assume(self, held: Outer) -> None:
+        """Note that the conversion relies on something outside being what it was."""
+
+    @abstractmethod
+    def node(self, at: ast.AST, op: str, arguments: Sequence[Any], count: int = 1) -> Any:
+        """Append a node and return its result, or None if it has none."""
+
+    @abstractmethod
+    def call(self, at: ast.AST, target: Callable[..., Any], *arguments: Any, **keywords: Any) -> Value:
+        """Append a `call` and return its result."""
+
+    @abstractmethod
+    def assign(self, target: ast.expr, held: Any) -> None:
+        """Assign to a name, an attribute, an item, or several of these."""
+
+    @abstractmethod
+    def choose(self, at: ast.AST, test: Any, then: Callable[[], Any], orelse: Callable[[], Any]) -> Any:
+        """Convert an `if` whose sides are made by the two functions; return what either side holds."""
+
+    @abstractmethod
+    def comprehension(self, at: ast.AST, element: ast.expr, generators: list[ast.comprehension]) -> Value:
+        """Convert a list comprehension."""
+
+    @abstractmethod
+    def invoke(self, at: ast.AST, target: Recursive, arguments: list[Any], keywords: dict[str, Any]) -> Any:
+        """Convert a call of a recursive function."""
+
+    @abstractmethod
+    def module(self, at: ast.AST, callee: Outer, arguments: list[Any], keywords: dict[str, Any]) -> Any:
+        """Convert a call of a module."""
+
+    @abstractmethod
+    def inline(self, at: ast.AST, callee: Outer, arguments: list[Any], keywords: dict[str, Any]) -> Any:
+        """Convert a call of a Python function by its source."""
 
     def convert(self, node: ast.expr) -> Any:
         """Return what an expression holds: an Argument, an `Outer`, or nested tuples of these."""
         convert = getattr(self, f"_{type(node).__name__}", None)
         if convert is None:
-            raise self._body.source.refuse("unsupported_syntax", f"{type(node).__name__} expression", node)
+            raise self.source.refuse("unsupported_syntax", f"{type(node).__name__} expression", node)
         return convert(node)
 
     def value(self, node: ast.expr) -> Any:
         """Return an expression as an Argument of a node."""
-        return self._body.use(self.convert(node))
-
-    def _call(self, node: ast.AST, target: Callable[..., Any], *arguments: Any, **keywords: Any) -> Value:
-        return self._body.call(node, target, *arguments, **keywords)
+        return self.use(self.convert(node))
 
     def _Constant(self, node: ast.Constant) -> Any:
         if isinstance(node.value, bytes):
-            raise self._body.source.refuse("unsupported_syntax", "bytes constant", node)
+            raise self.source.refuse("unsupported_syntax", "bytes constant", node)
         return node.value
 
     def _Name(self, node: ast.Name) -> Any:
-        held = self._body.lookup(node.id)
+        held = self.lookup(node.id)
         if held is UNDEFINED:
-            raise self._body.source.refuse("unsupported_syntax", f"{node.id} may be unassigned here", node)
-        if held is None and node.id not in self._body.variables:
-            raise self._body.source.refuse("unsupported_call", f"{node.id} is not defined", node)
+            raise self.source.refuse("unsupported_syntax", f"{node.id} may be unassigned here", node)
+        if held is None and node.id not in self.variables:
+            raise self.source.refuse("unsupported_call", f"{node.id} is not defined", node)
         return held
 
     def _Attribute(self, node: ast.Attribute) -> Any:
@@ -108,8 +147,8 @@ class Expressions:
             try:
                 return holder.attribute(name)
             except AttributeError as error:
-                raise self._body.source.refuse("unsupported_call", str(error), node) from None
-        return self._body.node(node, "get_attr", (self._body.use(holder), name))
+                raise self.source.refuse("unsupported_call", str(error), node) from None
+        return self.node(node, "get_attr", (self.use(holder), name))
 
     def _Subscript(self, node: ast.Subscript) -> Any:
         holder = self.convert(node.value)
@@ -122,7 +161,7 @@ class Expressions:
                 return holder[key]
             except IndexError:
                 pass
-        return self._body.node(node, "get_item", (self._body.use(holder), key))
+        return self.node(node, "get_item", (self.use(holder), key))
 
     def _Slice(self, node: ast.Slice) -> Any:
         parts = (node.lower, node.upper, node.step)
@@ -138,20 +177,23 @@ class Expressions:
         items: list[Any] = []
         for node in nodes:
             if not isinstance(node, ast.Starred):
-                items.append(self._body.use(self.convert(node)))
+                items.append(self.use(self.convert(node)))
                 continue
             spread = self.convert(node.value)
             if type(spread) not in (tuple, list):
-                raise self._body.source.refuse("unsupported_syntax", "* of a sequence of unknown length", node)
+                raise self.source.refuse("unsupported_syntax", "* of a sequence of unknown length", node)
             items.extend(spread)
         return items
 
     def _Dict(self, node: ast.Dict) -> Any:
-        items = [(None if key is None else self.value(key), self.value(value)) for key, value in zip(node.keys, node.values, strict=True)]
-        return self._call(node, dict, [tuple(item) for item in items])
+        items = [
+            (None if key is None else self.value(key), self.value(value))
+            for key, value in zip(node.keys, node.values, strict=True)
+        ]
+        return self.call(node, dict, [tuple(item) for item in items])
 
     def _BinOp(self, node: ast.BinOp) -> Any:
-        return self._call(node, _BINARY[type(node.op)], self.value(node.left), self.value(node.right))
+        return self.call(node, _BINARY[type(node.op)], self.value(node.left), self.value(node.right))
 
     def binary(self, node: ast.AugAssign) -> Callable[..., Any]:
         """Return the in-place form of an augmented assignment's operator."""
@@ -162,7 +204,7 @@ class Expressions:
         operand = self.value(node.operand)
         if isinstance(node.op, ast.USub) and type(operand) in (int, float):
             return -operand
-        return self._call(node, _UNARY[type(node.op)], operand)
+        return self.call(node, _UNARY[type(node.op)], operand)
 
     def _Compare(self, node: ast.Compare) -> Any:
         left = self.value(node.left)
@@ -174,16 +216,16 @@ class Expressions:
         outcome = self._comparison(node, kind, left, right)
         if not others:
             return outcome
-        return self._body.choose(node, outcome, lambda: self._comparisons(node, right, others), lambda: outcome)
+        return self.choose(node, outcome, lambda: self._comparisons(node, right, others), lambda: outcome)
 
     def _comparison(self, node: ast.AST, kind: ast.cmpop, left: Any, right: Any) -> Any:
         if isinstance(kind, ast.Is | ast.IsNot) and type(left) is tuple and right is None:
             return isinstance(kind, ast.IsNot)
         if isinstance(kind, ast.In):
-            return self._call(node, operator.contains, right, left)
+            return self.call(node, operator.contains, right, left)
         if isinstance(kind, ast.NotIn):
-            return self._call(node, operator.not_, self._call(node, operator.contains, right, left))
-        return self._call(node, _COMPARE[type(kind)], left, right)
+            return self.call(node, operator.not_, self.call(node, operator.contains, right, left))
+        return self.call(node, _COMPARE[type(kind)], left, right)
 
     def _BoolOp(self, node: ast.BoolOp) -> Any:
         first, *rest = node.values
@@ -197,16 +239,16 @@ class Expressions:
                 return left
 
             sides = (right, kept) if isinstance(node.op, ast.And) else (kept, right)
-            left = self._body.choose(node, left, *sides)
+            left = self.choose(node, left, *sides)
         return left
 
     def _IfExp(self, node: ast.IfExp) -> Any:
         test = self.value(node.test)
-        return self._body.choose(node, test, lambda: self.convert(node.body), lambda: self.convert(node.orelse))
+        return self.choose(node, test, lambda: self.convert(node.body), lambda: self.convert(node.orelse))
 
     def _NamedExpr(self, node: ast.NamedExpr) -> Any:
         held = self.convert(node.value)
-        self._body.assign(node.target, held)
+        self.assign(node.target, held)
         return held
 
     def _JoinedStr(self, node: ast.JoinedStr) -> Any:
@@ -215,18 +257,18 @@ class Expressions:
             if isinstance(part, ast.FormattedValue):
                 shown: Any = self.value(part.value)
                 if part.conversion != -1:
-                    shown = self._call(node, {115: str, 114: repr, 97: ascii}[part.conversion], shown)
+                    shown = self.call(node, {115: str, 114: repr, 97: ascii}[part.conversion], shown)
                 form = "" if part.format_spec is None else self.value(part.format_spec)
-                text = self._call(node, operator.add, text, self._call(node, format, shown, form))
+                text = self.call(node, operator.add, text, self.call(node, format, shown, form))
             else:
-                text = self._call(node, operator.add, text, self.value(part))
+                text = self.call(node, operator.add, text, self.value(part))
         return text
 
     def _ListComp(self, node: ast.ListComp) -> Any:
-        return self._body.comprehension(node, node.elt, node.generators)
+        return self.comprehension(node, node.elt, node.generators)
 
     def _GeneratorExp(self, node: ast.GeneratorExp) -> Any:
-        return self._body.comprehension(node, node.elt, node.generators)
+        return self.comprehension(node, node.elt, node.generators)
 
     def _Call(self, node: ast.Call) -> Any:
         callee = self._callee(node.func)
@@ -234,12 +276,12 @@ class Expressions:
         keywords = {}
         for keyword in node.keywords:
             if keyword.arg is None:
-                raise self._body.source.refuse("unsupported_syntax", "** in a call", node)
+                raise self.source.refuse("unsupported_syntax", "** in a call", node)
             keywords[keyword.arg] = self.value(keyword.value)
         if isinstance(callee, tuple):
             receiver, name = callee
-            return self._call(node, method, self._body.use(receiver), name, *arguments, **keywords)
-        return self.call(node, callee, arguments, keywords)
+            return self.call(node, method, self.use(receiver), name, *arguments, **keywords)
+        return self.call_held(node, callee, arguments, keywords)
 
     def _callee(self, node: ast.expr) -> Any:
         """Return what is called: something held, or a pair of receiver and method name."""
@@ -250,34 +292,27 @@ class Expressions:
             return self.attribute(holder, node.attr, node)
         return holder, node.attr
 
-    def call(self, node: ast.Call, callee: Any, arguments: list[Any], keywords: dict[str, Any]) -> Any:
+    def call_held(self, node: ast.Call, callee: Any, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         """Convert a call of something held."""
         if not isinstance(callee, Outer):
-            return self._call(node, apply, self._body.use(callee), *arguments, **keywords)
+            return self.call(node, apply, self.use(callee), *arguments, **keywords)
         target = callee.object
-        self._body.assume(callee)
+        self.assume(callee)
         if isinstance(target, Recursive):
-            return self._body.invoke(node, target, arguments, keywords)
+            return self.invoke(node, target, arguments, keywords)
         if target in (tuple, list) and len(arguments) == 1 and type(arguments[0]) is tuple:
             return arguments[0] if target is tuple else list(arguments[0])
         if isinstance(target, torch.nn.Module):
-            return self._body.module(node, callee, arguments, keywords)
+            return self.module(node, callee, arguments, keywords)
         if isinstance(target, FunctionType | MethodType) and not is_library(target):
-            return self._body.inline(node, callee, arguments, keywords)
+            return self.inline(node, callee, arguments, keywords)
         if is_library(target) and not isinstance(target, MethodType):
-            return self._call(node, target, *arguments, **keywords)
-        return self._call(node, apply, self._body.use(callee), *arguments, **keywords)
+            return self.call(node, target, *arguments, **keywords)
+        return self.call(node, apply, self.use(callee), *arguments, **keywords)
 
     def items(self, node: ast.AST, held: Any, count: int) -> tuple[Any, ...]:
         """Return the `count` items that an assignment to several targets unpacks."""
         if type(held) in (tuple, list) and len(held) == count:
             return tuple(held)
-        items = self._call(node, unpack, self._body.use(held), count)
-        return tuple(self._body.node(node, "get_item", (items, index)) for index in range(count))
-
-
-def join_forms(left: Any, right: Any) -> tuple[list[Any], list[Any], Callable[[Any], Any]] | None:
-    """Return the leaves of two structures of one form and how to rebuild it; None if the forms differ."""
-    if not same_form(left, right):
-        return None
-    return flatten(left), flatten(right), lambda leaves: rebuild(left, leaves)
+        items = self.call(node, unpack, self.use(held), count)
+        return tuple(self.node(node, "get_item", (items, index)) for index in range(count))

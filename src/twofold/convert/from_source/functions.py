@@ -107,3 +107,15 @@ class Source:
             if name in namespace:
                 return Outer(name, (id(namespace), name), lambda n=namespace: n[name], namespace[name])
         return None
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that became a SubGraph: its name, its parameters' names and how many results it lists."""
+
+    name: str
+    source: Source
+    parameters: tuple[str, ...]
+    results: int | None
+    """How many results a tuple lists; None for one that is no tuple."""
+    recursive: Recursive

@@ -1,17 +1,17 @@
 """The host slice as generated Python: planners, which walk the structure and compute no tensors.
 
-Each function gets two. `walk_f` is an ordinary recursive function, for the upper levels. `plan_f`, which it goes over to
-where they end, is a generator function: where the function calls a recursive one it yields that function's planner and is
-sent its result, and last it yields its own, so that depth is bounded by memory alone. The result is the number of the
-invocation, or a tuple of that number and the results that are Python objects.
+Each function gets two. `walk_f` is an ordinary recursive function, for the upper levels. `plan_f`, which it goes over
+to where they end, is a generator function: where the function calls a recursive one it yields that function's planner
+and is sent its result, and last it yields its own, so that depth is bounded by memory alone. The result is the number
+of the invocation, or a tuple of that number and the results that are Python objects.
 
 A planner tells of each invocation: its block, the numbers of the invocations it made, the host values that tensors
 are computed from, and the tensors that the host keeps:
 
     emit(block, invocations, host_values, kept)
 
-Where all decisions are choices, the code after a choice is written once for each side, and the block of each way through
-is known in advance. Otherwise decisions are collected in a list and the block is looked up.
+Where all decisions are choices, the code after a choice is written once for each side, and the block of each way
+through is known in advance. Otherwise decisions are collected in a list and the block is looked up.
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ class PlannerSource:
 
 
 def planner_source(
-    converted: Converted, slices: Slices, function: str, block_of: Callable[[tuple[Any, ...]], Any], runtime: dict[str, Any]
+    converted: Converted,
+    slices: Slices,
+    function: str,
+    block_of: Callable[[tuple[Any, ...]], Any],
+    runtime: dict[str, Any],
 ) -> PlannerSource:
     """Return the planners of a function.
 

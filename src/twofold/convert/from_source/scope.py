@@ -1,8 +1,8 @@
 """Names and the structures behind them while a function is converted.
 
 What a variable holds is an `Argument` of the graph, or `Outer` for something read from outside. Tuples stay tuples of
-these, so that packing, unpacking and several results cost nothing; `flatten` and `rebuild` take them apart where the graph
-carries single values.
+these, so that packing, unpacking and several results cost nothing; `flatten` and `rebuild` take them apart where the
+graph carries single values.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which part of a converted function Python computes, and which part tensors.
 
-Every value gets a kind. *Fixed* values are read from outside and the same for all invocations: parameters, sizes. *Host*
-values are computed by Python while it walks the structure. *Tensor* values are computed afterwards, for all invocations
-together. *Mixed* values are Python containers made inside the function that hold tensors: both slices have
+Every value gets a kind. *Fixed* values are read from outside and the same for all invocations: parameters, sizes.
+*Host* values are computed by Python while it walks the structure. *Tensor* values are computed afterwards, for all
+invocations together. *Mixed* values are Python containers made inside the function that hold tensors: both slices have
 them. Kinds only grow (fixed < host < mixed < tensor), so repeating the pass until nothing changes ends at the least
 assignment.
 """
@@ -39,12 +39,56 @@ FETCHES = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float_
 KEEPERS = frozenset({"append", "add", "insert", "setdefault", "appendleft"})
 """Methods of containers that keep a tensor without looking into it."""
 _ARITHMETIC = frozenset(
-    {getattr(operator, name) for name in "add sub mul truediv floordiv mod pow neg pos eq ne lt le gt ge not_".split()}
+    {
+        getattr(operator, name)
+        for name in [
+            "add",
+            "sub",
+            "mul",
+            "truediv",
+            "floordiv",
+            "mod",
+            "pow",
+            "neg",
+            "pos",
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "not_",
+        ]
+    }
 )
 RANDOM = frozenset(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu gumbel_softmax rand rand_like randn"
-    " randn_like randint randint_like randperm normal normal_ bernoulli bernoulli_ multinomial poisson uniform_ batch_norm"
-    " exponential_ scaled_dot_product_attention".split()
+    [
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "rrelu",
+        "gumbel_softmax",
+        "rand",
+        "rand_like",
+        "randn",
+        "randn_like",
+        "randint",
+        "randint_like",
+        "randperm",
+        "normal",
+        "normal_",
+        "bernoulli",
+        "bernoulli_",
+        "multinomial",
+        "poisson",
+        "uniform_",
+        "batch_norm",
+        "exponential_",
+        "scaled_dot_product_attention",
+    ]
 )
 _RANDOM_MODULES = (torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU, torch.nn.modules.batchnorm._NormBase)
 _CONTAINERS = (list, tuple, dict, unpack, reversed, zip, enumerate)
@@ -238,7 +282,7 @@ class _Analysis:
     def _tensor_call(self, node: Node) -> Kind:
         target: Any = node.target
         self._check_repeatable(node)
-        if target is method and node.arguments[1] in FETCHES or target in (bool, int, float, operator.not_):
+        if (target is method and node.arguments[1] in FETCHES) or target in (bool, int, float, operator.not_):
             raise self._refused("tensor_fetch", "the value of a tensor is read", node)
         if target is apply and not self._computes_tensors(node):
             raise self._refused("unsupported_call", "a function that cannot be converted is given tensors", node)

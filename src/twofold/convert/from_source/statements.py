@@ -4,38 +4,55 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from twofold.graph import SCALAR_TYPES, Ambient, SubGraph, SubGraphBuilder, Value
 
 from .expressions import Expressions
-from .functions import Outer, Recursive, Source
+from .functions import Function, Outer, Recursive, Source
 from .refusals import Refused
 from .scope import UNDEFINED, assigned, flatten, rebuild, returns, same, same_form
 from .targets import apply, fail
-
-if TYPE_CHECKING:
-    from .convert import Converter
 
 _MISSING: Any = object()
 CONSTANT_TYPES = (torch.dtype, torch.device, torch.memory_format, torch.layout, NoneType)
 """Objects from outside that a graph holds by value."""
 
 
-class Body:
+class Outside(Protocol):
+    """What bodies need of the graph that they belong to."""
+
+    def declare(self, recursive: Recursive) -> Function:
+        """Declare the SubGraph of a function; its body is converted later."""
+        ...
+
+    def outer(self, held: Outer) -> Value:
+        """Return something from outside as a value."""
+        ...
+
+    def assume(self, held: Outer) -> None:
+        """Note that the conversion relies on something outside being what it was."""
+        ...
+
+    def entering(self, source: Source, refuse: Callable[[], Refused]) -> AbstractContextManager[None]:
+        """Mark a helper function as being converted, to see one that calls itself."""
+        ...
+
+
+class Body(Expressions):
     """Converts the statements of one function into the body that `at` builds."""
 
-    def __init__(self, converter: Converter, source: Source, at: SubGraphBuilder, variables: dict[str, Any]) -> None:
+    def __init__(self, converter: Outside, source: Source, at: SubGraphBuilder, variables: dict[str, Any]) -> None:
         self.source = source
         self.variables = variables
         self._converter = converter
         self._at = at
         self._ambient = Ambient()
-        self._expressions = Expressions(self)
 
     # Names and nodes.
 
@@ -72,10 +89,6 @@ class Body:
         origin = self.source.origin(at)
         return self._at.node("call", target, arguments, keywords, [None], origin=origin, ambient=self._ambient)[0]
 
-    def items(self, at: ast.AST, held: Any, count: int) -> tuple[Any, ...]:
-        """Return the `count` items of what is held."""
-        return self._expressions.items(at, held, count)
-
     def assign(self, target: ast.expr, held: Any) -> None:
         """Assign to a name, an attribute, an item, or several of these."""
         match target:
@@ -84,16 +97,16 @@ class Body:
             case ast.Tuple() | ast.List():
                 if any(isinstance(part, ast.Starred) for part in target.elts):
                     raise self.source.refuse("unsupported_syntax", "* in an assignment", target)
-                parts = self._expressions.items(target, held, len(target.elts))
+                parts = self.items(target, held, len(target.elts))
                 for part, item in zip(target.elts, parts, strict=True):
                     self.assign(part, item)
             case ast.Attribute():
-                holder = self._expressions.convert(target.value)
+                holder = self.convert(target.value)
                 if isinstance(holder, Outer):
                     raise self.source.refuse("unsupported_syntax", "assignment to an attribute from outside", target)
                 self.node(target, "set_attr", (self.use(holder), target.attr, self.use(held)), 0)
             case ast.Subscript():
-                holder, key = self._expressions.value(target.value), self._expressions.value(target.slice)
+                holder, key = self.value(target.value), self.value(target.slice)
                 self.node(target, "set_item", (holder, key, self.use(held)), 0)
             case _:
                 raise self.source.refuse("unsupported_syntax", f"assignment to {type(target).__name__}", target)
@@ -105,16 +118,16 @@ class Body:
         for index, statement in enumerate(statements):
             match statement:
                 case ast.Return():
-                    return None if statement.value is None else self._expressions.convert(statement.value)
+                    return None if statement.value is None else self.convert(statement.value)
                 case ast.If() if returns([statement]):
                     rest = list(statements[index + 1 :])
-                    test = self._expressions.value(statement.test)
+                    test = self.value(statement.test)
                     sides = (statement.body + rest, statement.orelse + rest)
                     then, orelse = ((lambda side=side: self.whole(side)) for side in sides)
                     return self.choose(statement, test, then, orelse)
                 case ast.Raise() if statement.exc is not None:
-                    cause = None if statement.cause is None else self._expressions.value(statement.cause)
-                    self.call(statement, fail, self._expressions.value(statement.exc), cause)
+                    cause = None if statement.cause is None else self.value(statement.cause)
+                    self.call(statement, fail, self.value(statement.exc), cause)
                     return None
                 case _:
                     self._statement(statement)
@@ -136,10 +149,10 @@ class Body:
 
     def _Expr(self, statement: ast.Expr) -> None:
         if not isinstance(statement.value, ast.Constant):
-            self._expressions.convert(statement.value)
+            self.convert(statement.value)
 
     def _Assign(self, statement: ast.Assign) -> None:
-        held = self._expressions.convert(statement.value)
+        held = self.convert(statement.value)
         if type(held) is list and len(statement.targets) > 1:
             held = self.call(statement, list, held)
         for target in statement.targets:
@@ -147,21 +160,21 @@ class Body:
 
     def _AnnAssign(self, statement: ast.AnnAssign) -> None:
         if statement.value is not None:
-            self.assign(statement.target, self._expressions.convert(statement.value))
+            self.assign(statement.target, self.convert(statement.value))
 
     def _AugAssign(self, statement: ast.AugAssign) -> None:
         target = statement.target
         load = ast.copy_location(ast.parse(ast.unparse(target), mode="eval").body, target)
         for part in ast.walk(load):
             ast.copy_location(part, target)
-        left, right = self._expressions.value(load), self._expressions.value(statement.value)
-        self.assign(target, self.call(statement, self._expressions.binary(statement), left, right))
+        left, right = self.value(load), self.value(statement.value)
+        self.assign(target, self.call(statement, self.binary(statement), left, right))
 
     def _Assert(self, statement: ast.Assert) -> None:
-        test = self._expressions.value(statement.test)
+        test = self.value(statement.test)
 
         def failing() -> Any:
-            message = [] if statement.msg is None else [self._expressions.value(statement.msg)]
+            message = [] if statement.msg is None else [self.value(statement.msg)]
             self.call(statement, fail, self.call(statement, AssertionError, *message))
 
         self.choose(statement, test, lambda: None, failing)
@@ -170,7 +183,7 @@ class Body:
         grad = self._ambient.grad
         for item in statement.items:
             manager = item.context_expr
-            callee = self._expressions.convert(manager.func) if isinstance(manager, ast.Call) else None
+            callee = self.convert(manager.func) if isinstance(manager, ast.Call) else None
             modes = {torch.no_grad: False, torch.enable_grad: True}
             if not isinstance(callee, Outer) or callee.object not in modes or item.optional_vars is not None:
                 raise self.source.refuse("unsupported_syntax", "with, except for torch.no_grad()", statement)
@@ -182,8 +195,8 @@ class Body:
         self._ambient = before
 
     def _If(self, statement: ast.If) -> None:
-        test = self._expressions.value(statement.test)
-        names = [name for name in assigned([statement])]
+        test = self.value(statement.test)
+        names = list(assigned([statement]))
 
         def side(body: Sequence[ast.stmt]) -> Callable[[], Any]:
             def convert() -> Any:
@@ -227,7 +240,7 @@ class Body:
         for builder, held, other in ((first, left, right), (second, right, left)):
             if type(other) is tuple and isinstance(held, Value):
                 outside, self._at = self._at, builder
-                items = self._expressions.items(at, held, len(other))
+                items = self.items(at, held, len(other))
                 self._at = outside
                 return (items, other) if held is left else (other, items)
         raise self.source.refuse("inconsistent_results", "the two sides of this choice give different structures", at)
@@ -265,7 +278,7 @@ class Body:
         self, at: ast.AST, target: ast.expr, iterable: ast.expr, names: list[str], body: Callable[[], None]
     ) -> None:
         """Convert a loop over a sequence that carries the named variables."""
-        sequence = self.call(at, tuple, self._expressions.value(iterable))
+        sequence = self.call(at, tuple, self.value(iterable))
         count = self.call(at, len, sequence)
         before = tuple(self.variables[name] for name in names)
         carried = [self.use(leaf) for leaf in flatten(before)]
@@ -292,7 +305,7 @@ class Body:
 
         def clauses(rest: list[ast.comprehension]) -> None:
             if not rest:
-                self.call(at, list.append, collected, self._expressions.value(element))
+                self.call(at, list.append, collected, self.value(element))
                 return
             clause, *others = rest
             if clause.is_async:
@@ -303,7 +316,7 @@ class Body:
             if not tests:
                 clauses(others)
                 return
-            test = self._expressions.value(tests[0])
+            test = self.value(tests[0])
             self.choose(at, test, lambda: filters(tests[1:], others), lambda: None)
 
         variables, self.variables = self.variables, dict(self.variables)

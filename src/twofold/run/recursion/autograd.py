@@ -28,7 +28,7 @@ class Recursion(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.run is None:
             raise RuntimeError(FREED_MESSAGE)
         parameters = ctx.saved_tensors
@@ -41,7 +41,11 @@ class Recursion(torch.autograd.Function):
 
 
 def differentiable_run(
-    run: Run, requests: Sequence[Request], parameters: Sequence[Tensor], columns: Sequence[Sequence[Tensor]], differentiate: bool
+    run: Run,
+    requests: Sequence[Request],
+    parameters: Sequence[Tensor],
+    columns: Sequence[Sequence[Tensor]],
+    differentiate: bool,
 ) -> Sequence[Tensor]:
     """Run a batch; the tensors returned carry autograd history if `differentiate`."""
     if not differentiate:

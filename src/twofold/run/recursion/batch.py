@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,21 +15,32 @@ from .autograd import differentiable_run
 from .blocks import RunnableBlock
 from .deferred import PENDING, Deferred, fill
 from .execute import GroupRun, Request, Run, Table
-from .prepare import SumBroken, column, stage_group
+from .prepare import SumBroken, Tables, column, stage_group
 from .schedule import Group, Pile, make_schedule
 from .vectorize import NotBatchableError, Sample
 
-if TYPE_CHECKING:
-    from .program import Program
 
-WORTH_TRACING = 0.5
-"""Seconds that a first batch must take one by one for tracing its blocks first to be worth the wait."""
+class Owner(Protocol):
+    """What a batch needs of the program whose invocations it holds."""
+
+    name: str
+    tables: Tables
+    results: tuple[int, ...]
+    refusals: dict[str, int]
+
+    def all_blocks(self) -> list[RunnableBlock]:
+        """Return all blocks met so far, variants included."""
+        ...
+
+    def versions(self) -> list[int]:
+        """Return the version counters of the tensors from outside."""
+        ...
 
 
 class Batch:
     """Invocations in the order in which Python finished them, each after those it took results from."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Owner) -> None:
         self._program = program
         self._grad = True
         self._levels: list[int] = []
@@ -39,11 +50,6 @@ class Batch:
         self._shared = False
 
     # While planners run.
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing waits."""
-        return not self._levels
 
     def begin(self, versions: Sequence[int]) -> None:
         """Take up a call made from ordinary Python; `versions` are those of the tensors from outside."""
@@ -87,22 +93,11 @@ class Batch:
 
     def _link(self, pile: Pile, invocations: Sequence[int], hosts: Sequence[Any]) -> Any:
         """Make host values that wait in this batch results of invocations."""
-        places: list[tuple[int, str, int]] = []
-        others: list[Any] = []
-        numbers = list(invocations)
-        for index, host in enumerate(hosts):
-            if type(host) is not Deferred:
-                others.append(host)
-                continue
-            place = host.__dict__.get("place")
-            if place is None or place[0] is not self:
-                raise TwofoldError(
-                    "a recursive call takes a tensor that other deferred calls or operations have yet to compute; use its"
-                    " value first, for example print it or call .detach()"
-                )
-            places.append((index, *place[2:]))
-            numbers.append(place[1])
-        self._shared = True
+        places: list[tuple[int, str, int]] = [] others: list[Any] = [] numbers = list(invocations) for index, host in
+        enumerate(hosts): if type(host) is not Deferred: others.append(host) continue place =
+        host.__dict__.get("place") if place is None or place[0] is not self: raise TwofoldError( "a recursive call
+        takes a tensor that other deferred calls or operations have yet to compute; use its" " value first, for example
+        print it or call .detach()" ) places.append((index, *place[2:])) numbers.append(place[1]) self._shared = True
         return self.pile(pile.block.linked(places)), numbers, others
 
     def want(self, block: RunnableBlock, number: int, output: int, deferred: Deferred) -> None:
@@ -112,7 +107,7 @@ class Batch:
 
     def want_result(self, number: int, output: int, deferred: Deferred) -> None:
         """Have a deferred tensor filled in with a result of an invocation of the program's function."""
-        deferred.place = self, number, self._program.converted.entry, self._program.results[output]
+        deferred.place = self, number, self._program.name, self._program.results[output]
         self._wanted.append((Request(number, output), weakref.ref(deferred)))
 
     # At the flush.
@@ -120,7 +115,9 @@ class Batch:
     def flush(self) -> None:
         """Compute all invocations and fill in the tensors that are still held."""
         levels, wanted, shared = self._levels[:], self._wanted, self._shared
-        piles = [Pile(pile.block, pile.tasks, pile.invocations, pile.hosts) for pile in self._piles.values() if pile.tasks]
+        piles = [
+            Pile(pile.block, pile.tasks, pile.invocations, pile.hosts) for pile in self._piles.values() if pile.tasks
+        ]
         self._levels.clear()
         self._wanted, self._shared = [], False
         for pile in self._piles.values():
@@ -132,7 +129,7 @@ class Batch:
         if list(self._versions) != self._program.versions():
             raise StaleError(
                 "a parameter or another tensor from outside was written to between a call of"
-                f" {self._program.converted.entry} and the use of its result; use the result first"
+                f" {self._program.name} and the use of its result; use the result first"
             )
         with torch.set_grad_enabled(self._grad):
             found = dict(zip(requests, self._compute(piles, levels, requests, shared), strict=True))
@@ -196,7 +193,7 @@ def one_by_one(piles: list[Pile], count: int, requests: list[Request], samples: 
         for result, output in zip(block.block.results, outputs[-1], strict=False):
             table = block.function, result
             before = samples.get(table)
-            if isinstance(output, Tensor) and (before is None or output.requires_grad and not before.differentiable):
+            if isinstance(output, Tensor) and (before is None or (output.requires_grad and not before.differentiable)):
                 samples[table] = Sample.of(output)
     return [_own(outputs[request.task][request.output]) for request in requests]
 

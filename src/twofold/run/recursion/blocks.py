@@ -18,7 +18,10 @@ from .stages import Staged
 from .vectorize import Joint, parameters_of, run_body
 
 _ARITHMETIC = frozenset(
-    {getattr(operator, name) for name in "add sub mul truediv floordiv mod pow eq ne lt le gt ge".split()}
+    {
+        getattr(operator, name)
+        for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "eq", "ne", "lt", "le", "gt", "ge"]
+    }
 )
 
 

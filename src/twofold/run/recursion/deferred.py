@@ -23,17 +23,9 @@ from twofold.errors import TwofoldError
 SMALL = 1024
 """Elements up to which another tensor in a noted operation is copied, in case it is written to before the flush."""
 
-_NOTED: frozenset[Any] = frozenset(
-    {
-        getattr(holder, name)
-        for holder in (torch, Tensor)
-        for name in (
-            "add", "sub", "mul", "div", "neg", "sum", "mean", "stack", "cat", "__add__", "__radd__", "__sub__", "__rsub__",
-            "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__neg__", "__iadd__", "add_",
-        )
-        if hasattr(holder, name)
-    }
-)  # fmt: skip
+_NOTED: frozenset[Any] = frozenset( { getattr(holder, name) for holder in (torch, Tensor) for name in ( "add", "sub",
+"mul", "div", "neg", "sum", "mean", "stack", "cat", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__",
+"__rmul__", "__truediv__", "__rtruediv__", "__neg__", "__iadd__", "add_", ) if hasattr(holder, name) } )  # fmt: skip
 
 
 class FailedError(TwofoldError):
@@ -82,8 +74,8 @@ def defer() -> Deferred:
 def fill(deferred: Deferred, value: Tensor) -> None:
     """Turn a deferred object into the tensor it stands for, whose own object is used up."""
     torch._C._swap_tensor_impl(deferred, value)  # type: ignore[attr-defined]
+    vars(deferred).pop("place", None)
     deferred.__class__ = torch.Tensor  # type: ignore[assignment]
-    deferred.__dict__.pop("place", None)
 
 
 class Pending(threading.local):

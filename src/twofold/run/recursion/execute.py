@@ -1,9 +1,9 @@
 """Running all invocations of a batch: level by level what depends on children, once what does not.
 
 Results of a function are rows of tables, one for each result that its callers wait for. A level gathers the rows of
-its children and writes its own. Backward goes the same way in reverse: an invocation's gradient is complete when the levels
-above have run, because each of them adds what it owes its children. A result that only sums up children's results and a term
-of its own (a loss) has no table; the terms are added up at the end.
+its children and writes its own. Backward goes the same way in reverse: an invocation's gradient is complete when the
+levels above have run, because each of them adds what it owes its children. A result that only sums up children's
+results and a term of its own (a loss) has no table; the terms are added up at the end.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Run:
         self._group_of: dict[int, GroupRun] = {}
         self._requests: Sequence[Request] = ()
         for run in groups:
-            for name, index in zip(run.staged.tangents, range(len(run.staged.tangents)), strict=True):
+            for index, name in enumerate(run.staged.tangents):
                 table = self._table(run, index)
                 if name is not None and table in run.staged.chained:
                     run.tangents[name] = table

@@ -1,7 +1,7 @@
 """A converted function ready to run: planners for its host slice, blocks for its tensor slice.
 
-A call walks the structure at once, so that Python's side effects and exceptions happen where plain Python has them, and adds its
-invocations to the batch that waits. The tensors follow when a value is needed.
+A call walks the structure at once, so that Python's side effects and exceptions happen where plain Python has them,
+and adds its invocations to the batch that waits. The tensors follow when a value is needed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Program:
     """The functions of one graph, as planners and blocks, and the batch of calls that waits."""
 
     def __init__(self, converted: Converted, slices: Slices) -> None:
+        self.name = converted.entry
         self.converted = converted
         self.slices = slices
         self.blocks: dict[tuple[str, tuple[Any, ...]], RunnableBlock] = {}
@@ -55,7 +56,7 @@ class Program:
             source = planner_source(self.converted, self.slices, name, block_of, runtime)
             scope = {**source.objects}
             code = compile(source.text, f"<twofold planner of {name}>", "exec")
-            exec(code, scope)  # noqa: S102 - generated above
+            exec(code, scope)
             namespace.update((f"{kind}_{name}", scope[f"{kind}_{name}"]) for kind in ("walk", "plan"))
         for planner in namespace.values():
             planner.__globals__.update(namespace)
@@ -137,4 +138,3 @@ def _check_depth(waiting: Sequence[Any], planner: Any) -> None:
             )
     if len(waiting) > DEEPEST:
         raise RecursionError(f"{name}: no base case was reached at depth {len(waiting)}")
-

@@ -7,6 +7,7 @@ neighbouring rows of a table of the function's results.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,7 @@ class Pile:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The invocations of one block at one level: its rows `start` to `stop`, from row `table` of its function's tables."""
+    """The invocations of one block at one level: its rows `start` to `stop`, from row `table` of the tables."""
 
     group: int
     number: int
@@ -94,8 +95,15 @@ class Schedule:
         """Say whether each result of a function goes to one place at most: an invocation, or out of the batch."""
         known = self._once.get(function)
         if known is None:
-            parts = [rows for g in self.groups for rows, c in zip(g.child_rows, g.block.callees, strict=True) if c == function]
-            outside = [task for task in set(self.requested) if self.groups[self.group_of[task]].block.function == function]
+            parts = [
+                rows
+                for g in self.groups
+                for rows, c in zip(g.child_rows, g.block.callees, strict=True)
+                if c == function
+            ]
+            outside = [
+                task for task in set(self.requested) if self.groups[self.group_of[task]].block.function == function
+            ]
             uses = np.concatenate([*parts, self.row[np.array(outside, dtype=np.int64)]])
             known = self._once[function] = len(uses) == 0 or int(np.bincount(uses).max()) <= 1
         return known
@@ -133,7 +141,7 @@ def _cut(schedule: Schedule, index: int, group: Group, level: Index) -> None:
     """Cut a block's invocations by level."""
     levels = level[group.tasks]
     bounds = [0, *(np.flatnonzero(np.diff(levels)) + 1).tolist(), len(levels)]
-    for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
         segment = Segment(index, number, start, stop, int(group.rows[start]), stop - start)
         group.segments.append(segment)
         schedule.levels[int(levels[start])].append(segment)

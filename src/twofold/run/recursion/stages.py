@@ -68,7 +68,7 @@ class Crossing:
 
 @dataclass
 class StageCode:
-    """One stage as a function `run(n, *taken) -> tuple of given`; `taken` says what it needs, `given` what it yields."""
+    """One stage as a function `run(n, *taken)`; `taken` says what it needs, `given` names what it returns."""
 
     run: Callable[..., tuple[Any, ...]]
     taken: list[Crossing]
@@ -157,8 +157,9 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 class Cut:
     """Assigns stages to the nodes of a joint graph and writes their text.
 
-    `chain_inputs` and `chain_outputs` are those through which invocations depend on one another level by level; `terms` replaces
-    outputs that are sums by their own terms; `summed_inputs` are the inputs that these sums alone take.
+    `chain_inputs` and `chain_outputs` are those through which invocations depend on one another level by level;
+    `terms` replaces outputs that are sums by their own terms; `summed_inputs` are the inputs that these sums alone
+    take.
     """
 
     joint: Joint
@@ -168,7 +169,9 @@ class Cut:
     summed_inputs: frozenset[int]
     stage: dict[fx.Node, Stage] = field(default_factory=dict[fx.Node, Stage])
 
-    def staged(self, differentiate: bool, chained: frozenset[tuple[str, int]], tables: Sequence[tuple[str, int]]) -> Staged:
+    def staged(
+        self, differentiate: bool, chained: frozenset[tuple[str, int]], tables: Sequence[tuple[str, int]]
+    ) -> Staged:
         """Return the block cut into stages; without `differentiate`, the forward ones alone.
 
         `chained` are the tables of all blocks, `tables` those of the outputs in `chain_outputs`, in order.
@@ -200,7 +203,9 @@ class Cut:
         children = {joint.inputs[index] for index in self.chain_inputs}
         parents = {joint.tangents[index] for index in self.chain_outputs}
         tangents = {node for node in joint.tangents if node is not None}
-        upward = set().union(*(_ancestors(outputs[index]) for index in self.chain_outputs)) if self.chain_outputs else set()
+        upward = (
+            set().union(*(_ancestors(outputs[index]) for index in self.chain_outputs)) if self.chain_outputs else set()
+        )
         downward_roots = [gradients[index] for index in self.chain_inputs if gradients[index] is not None]
         downward = set().union(*(_ancestors(node) for node in downward_roots if node is not None))
         forward = set().union(*(_ancestors(node) for node in outputs))
@@ -337,7 +342,7 @@ class _Writer:
         returned = f"    return ({''.join(name + ', ' for name in given)})"
         text = "\n".join([f"def run({parameters}):", *self.lines, returned, ""])
         namespace = dict(self.objects)
-        exec(compile(text, f"<twofold {self.stage.name.lower()}>", "exec"), namespace)  # noqa: S102
+        exec(compile(text, f"<twofold {self.stage.name.lower()}>", "exec"), namespace)
         return StageCode(namespace["run"], [crossings[node] for node in self.taken], given, text)
 
 

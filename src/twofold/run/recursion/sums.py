@@ -7,6 +7,7 @@ by that alone. Where a result is used twice, or not at all, the sums go up level
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor
 
@@ -74,7 +75,7 @@ class Sums:
         return [o.invocation for o in group.block.operands if (o.callee, o.result) == self._table]
 
     def _find_roots(self, tasks: list[int]) -> None:
-        """Find the outermost call of each invocation, by the order in which they were made; None if that is not enough."""
+        """Find the outermost call of each invocation by the order in which they were made; None if that does not do."""
         schedule, (function, _) = self._schedule, self._table
         self._root, self._count = None, len(tasks)
         if schedule.shared or set(schedule.sizes) != {function} or not schedule.taken_once(function):

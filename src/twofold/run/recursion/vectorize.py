@@ -142,7 +142,9 @@ _OUT_OF_PLACE: dict[Any, Any] = {
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
 }
-_FRESH: frozenset[Any] = frozenset({*_OUT_OF_PLACE.values(), torch.zeros, torch.ones, torch.zeros_like, torch.ones_like})
+_FRESH: frozenset[Any] = frozenset(
+    {*_OUT_OF_PLACE.values(), torch.zeros, torch.ones, torch.zeros_like, torch.ones_like}
+)
 
 
 def construct(data: Any, dtype: torch.dtype | None = None, device: Any = None, requires_grad: bool = False) -> Tensor:
@@ -165,7 +167,10 @@ def parameters_of(body: Any) -> list[Tensor]:
     """Return the tensors from outside that a body computes with and that require a gradient."""
     found: dict[int, Tensor] = {}
     for node in body.nodes:
-        for argument in (*node.arguments, *(argument for _, argument in node.keywords), ):
+        for argument in (
+            *node.arguments,
+            *(argument for _, argument in node.keywords),
+        ):
             for constant in _constants(argument):
                 held = constant.object
                 tensors = held.parameters() if isinstance(held, torch.nn.Module) else [held]
@@ -189,7 +194,9 @@ def _constants(argument: Any) -> list[Constant]:
     return []
 
 
-def trace_joint(body: Any, samples: Sequence[Sample], results: Sequence[Sample | None], parameters: Sequence[Tensor]) -> Joint:
+def trace_joint(
+    body: Any, samples: Sequence[Sample], results: Sequence[Sample | None], parameters: Sequence[Tensor]
+) -> Joint:
     """Trace a body over a batch, forward and backward. Raises `NotBatchableError`.
 
     `results` gives, where it is known, what an output that may be a plain number must be.
@@ -247,7 +254,7 @@ def _trace(
         module = make_fx(joint)(inputs, [torch.zeros_like(example) for example in examples])
     except NotBatchableError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever an operation says to being batched
+    except Exception as error:
         raise NotBatchableError(f"{type(error).__name__}: {error}") from error
     given = record["given"]
     by_input = iter(given[: len(wanted)])
