@@ -6,7 +6,7 @@ import ast
 import builtins
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FunctionType
@@ -103,7 +103,8 @@ class Source:
                 return Outer(name, (id(cell),), lambda: cell.cell_contents, cell.cell_contents)
             except ValueError:
                 return None
-        for namespace in (self.function.__globals__, vars(builtins)):
+        namespaces: tuple[Mapping[str, Any], ...] = (self.function.__globals__, vars(builtins))  # pyright: ignore[reportAttributeAccessIssue]
+        for namespace in namespaces:
             if name in namespace:
                 return Outer(name, (id(namespace), name), lambda n=namespace: n[name], namespace[name])
         return None

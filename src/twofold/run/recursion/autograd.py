@@ -28,12 +28,14 @@ class Recursion(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor | None
+    ) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.run is None:
             raise RuntimeError(FREED_MESSAGE)
         parameters = ctx.saved_tensors
         run: Run = ctx.run
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
             ctx.run = None
         found = run.backward(gradients)
         columns = [run.host_gradient(group, index) for group, index in ctx.places]

@@ -93,11 +93,22 @@ class Batch:
 
     def _link(self, pile: Pile, invocations: Sequence[int], hosts: Sequence[Any]) -> Any:
         """Make host values that wait in this batch results of invocations."""
-        places: list[tuple[int, str, int]] = [] others: list[Any] = [] numbers = list(invocations) for index, host in
-        enumerate(hosts): if type(host) is not Deferred: others.append(host) continue place =
-        host.__dict__.get("place") if place is None or place[0] is not self: raise TwofoldError( "a recursive call
-        takes a tensor that other deferred calls or operations have yet to compute; use its" " value first, for example
-        print it or call .detach()" ) places.append((index, *place[2:])) numbers.append(place[1]) self._shared = True
+        places: list[tuple[int, str, int]] = []
+        others: list[Any] = []
+        numbers = list(invocations)
+        for index, host in enumerate(hosts):
+            if type(host) is not Deferred:
+                others.append(host)
+                continue
+            place = host.__dict__.get("place")
+            if place is None or place[0] is not self:
+                raise TwofoldError(
+                    "a recursive call takes a tensor that other deferred calls or operations have yet to compute;"
+                    " use its value first, for example print it or call .detach()"
+                )
+            places.append((index, *place[2:]))
+            numbers.append(place[1])
+        self._shared = True
         return self.pile(pile.block.linked(places)), numbers, others
 
     def want(self, block: RunnableBlock, number: int, output: int, deferred: Deferred) -> None:

@@ -15,7 +15,7 @@ from twofold.convert.from_source import Block, Operand
 from twofold.graph import Constant, SubGraph, Value, map_values, values_in
 
 from .stages import Staged
-from .vectorize import Joint, parameters_of, run_body
+from .vectorize import Joint, run_body, tensors_of
 
 _ARITHMETIC = frozenset(
     {
@@ -52,13 +52,18 @@ class RunnableBlock:
         return self.block.callees
 
     @cached_property
+    def tensors(self) -> list[Tensor]:
+        """The tensors from outside that it computes with."""
+        return tensors_of(self.block.body)
+
+    @property
     def parameters(self) -> list[Tensor]:
-        """The tensors from outside that gradients flow to."""
-        return parameters_of(self.block.body)
+        """Those of them that gradients flow to at present."""
+        return [tensor for tensor in self.tensors if tensor.requires_grad]
 
     @cached_property
     def constant_hosts(self) -> tuple[int, ...]:
-        """Which host values steer operations (sizes, names), instead of being numbers that tensors are computed from."""
+        """Which host values steer operations (sizes, names) and are no numbers that tensors are computed from."""
         body = self.block.body
         hosts = body.inputs[len(self.operands) :]
         numbers = _numbers(body)

@@ -36,6 +36,7 @@ class GroupRun:
 
     group: Group
     staged: Staged
+    parameters: list[Tensor]
     whole: dict[str, Any]
     operands: dict[str, tuple[int, Table]]
     """For each name of an operand: which invocation it comes from, and the table."""
@@ -49,7 +50,8 @@ class GroupRun:
         operands = group.block.operands
         tables = [(operand.invocation, (operand.callee, operand.result)) for operand in operands]
         named = dict(zip(staged.inputs, tables, strict=False))
-        return cls(group, staged, dict(zip(staged.inputs[len(operands) :], columns, strict=True)), named)
+        hosts = dict(zip(staged.inputs[len(operands) :], columns, strict=True))
+        return cls(group, staged, group.block.parameters, hosts, named)
 
     @property
     def rows(self) -> int:
@@ -190,8 +192,8 @@ class Run:
             else:
                 whole = self._whole(run, run.staged.crossings[run.staged.outputs[output]])
                 held = whole.index_select(0, self._schedule.index(self._schedule.place[tasks]))
-            for number, row in zip(numbers, torch.unbind_copy(held), strict=True):
-                found[number] = row
+            for number, row in zip(numbers, held.unbind(), strict=True):
+                found[number] = row.clone()
         return found
 
     def _terms(self, table: Table) -> list[tuple[Group, Tensor]]:
@@ -218,7 +220,7 @@ class Run:
         found: dict[int, Tensor] = {}
         for run in self._groups:
             self._once(run, Stage.FINISH)
-            for parameter, name in zip(run.group.block.parameters, run.staged.parameter_gradients, strict=True):
+            for parameter, name in zip(run.parameters, run.staged.parameter_gradients, strict=True):
                 if name is not None:
                     own = self._whole(run, run.staged.crossings[name])
                     before = found.get(id(parameter))

@@ -78,7 +78,7 @@ def stage_group(block: RunnableBlock, columns: Sequence[Tensor], tables: Tables,
         raise NotBatchableError(block.refusal)
     hosts = [Sample(tuple(c.shape[1:]), c.dtype, c.device, c.requires_grad and differentiate) for c in columns]
     operands = [tables.samples[o.callee, o.result].given(differentiate) for o in block.operands]
-    flags = tuple(parameter.requires_grad for parameter in block.parameters)
+    flags = tuple(tensor.requires_grad for tensor in block.tensors)
     key = (*operands, *hosts, differentiate, flags)
     try:
         joint = block.joints.get(key)

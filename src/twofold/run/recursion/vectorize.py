@@ -163,24 +163,14 @@ def construct(data: Any, dtype: torch.dtype | None = None, device: Any = None, r
     return held.to(device=device, dtype=dtype)
 
 
-def parameters_of(body: Any) -> list[Tensor]:
-    """Return the tensors from outside that a body computes with and that require a gradient."""
+def tensors_of(body: SubGraph) -> list[Tensor]:
+    """Return the tensors from outside that a body computes with, those of modules included."""
+    arguments = [argument for node in body.nodes for argument in (*node.arguments, *(a for _, a in node.keywords))]
     found: dict[int, Tensor] = {}
-    for node in body.nodes:
-        for argument in (
-            *node.arguments,
-            *(argument for _, argument in node.keywords),
-        ):
-            for constant in _constants(argument):
-                held = constant.object
-                tensors = held.parameters() if isinstance(held, torch.nn.Module) else [held]
-                for tensor in tensors:
-                    if isinstance(tensor, Tensor) and tensor.requires_grad:
-                        found[id(tensor)] = tensor
-    for output in body.outputs:
-        for constant in _constants(output):
-            if isinstance(constant.object, Tensor) and constant.object.requires_grad:
-                found[id(constant.object)] = constant.object
+    for constant in (c for argument in (*arguments, *body.outputs) for c in _constants(argument)):
+        held = constant.object
+        tensors = held.parameters() if isinstance(held, torch.nn.Module) else [held]
+        found.update((id(tensor), tensor) for tensor in tensors if isinstance(tensor, Tensor))
     return list(found.values())
 
 
