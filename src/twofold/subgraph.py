@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any, overload
@@ -13,6 +14,7 @@ import torch
 
 from twofold.convert.from_source import Converted, Outer, Recursive, Refusal, Refused, Slices, convert, slice_graph
 from twofold.errors import NotConvertibleError
+from twofold.graph import show
 from twofold.run.recursion import Program, flush_before_steps
 
 MOST_PROGRAMS = 8
@@ -59,6 +61,21 @@ class SubGraphFunction(Recursive):
     def map(self, structures: Iterable[Any]) -> list[Any]:
         """Return the results for each structure; their tensors are computed together."""
         return [self(structure) for structure in structures]
+
+    @property
+    def unbatched(self) -> dict[str, int]:
+        """Why invocations ran one at a time, beside the first ones of each kind, and in how many batches."""
+        counts: Counter[str] = Counter()
+        for _, program in self._programs:
+            counts.update(program.refusals)
+        return dict(counts)
+
+    def show(self) -> str:
+        """Return the function's SubGraph, and those it invokes, as text. Raises `NotConvertibleError`."""
+        try:
+            return show(convert(self).graph)
+        except Refused as refused:
+            raise NotConvertibleError(str(refused.refusal)) from None
 
     def _ready(self) -> Program | None:
         """Return the program for the outside world as it is; None if the function is refused."""
