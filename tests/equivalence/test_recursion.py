@@ -2,6 +2,7 @@
 
 import functools
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,13 @@ import twofold
 from twofold.run.recursion import execute, schedule, sums
 
 from .recursive_programs import LABELS, PROGRAMS, WORDS, Recursion, Tree
+
+
+@pytest.fixture(scope="module", autouse=True)
+def double_precision() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def trees() -> st.SearchStrategy[Tree]:
@@ -37,7 +45,7 @@ def step(recursion: Recursion, batch: list[Tree]) -> tuple[Any, list[torch.Tenso
 
 def assert_equal(got: Any, expected: Any) -> None:
     for mine, eager in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True):
-        torch.testing.assert_close(mine, eager, rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(mine, eager, rtol=1e-9, atol=1e-9)
 
 
 @functools.cache
@@ -67,7 +75,7 @@ def differs(name: str, shared: bool = False) -> bool:
     for _ in range(3):
         batch = [random_tree(numbers) for _ in range(3)]
         if shared:
-            batch = [Tree(1, 1, 1.0, [batch[0], batch[0], batch[1]])]
+            batch = [Tree(1, 1, 1.0, [batch[0], batch[0], batch[0], batch[1]])]
         try:
             assert_equal(step(decorated, batch), step(plain, batch))
         except AssertionError:
@@ -146,6 +154,7 @@ def test_the_oracle_catches_a_planted_fault(plant: Any, monkeypatch: pytest.Monk
 def test_blocks_are_batched_and_not_run_one_by_one() -> None:
     for name in PROGRAMS:
         recursion = built(name, True)
-        for _ in range(2):
-            step(recursion, [random_tree(random.Random(1))])
+        for seed in range(3):
+            shared = random_tree(random.Random(seed))
+            step(recursion, [Tree(1, 1, 1.0, [shared, shared])])
         assert recursion.encode.unbatched == {}

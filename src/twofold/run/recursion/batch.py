@@ -17,7 +17,7 @@ from .deferred import PENDING, Deferred, fill
 from .execute import GroupRun, Request, Run, Table
 from .prepare import SumBroken, Tables, column, stage_group
 from .schedule import Group, Pile, make_schedule
-from .vectorize import NotBatchableError, Sample
+from .vectorize import Sample
 
 
 class Owner(Protocol):
@@ -152,11 +152,14 @@ class Batch:
         if all((pile.block.function, result) in samples for pile in piles for result in pile.block.block.results):
             try:
                 return self._together(piles, levels, requests, shared)
-            except NotBatchableError as error:
-                self._program.refusals[str(error)] = self._program.refusals.get(str(error), 0) + 1
-            except Exception:  # noqa: BLE001 - one by one, the operation that fails is found, with its line
-                pass
-        return one_by_one(piles, len(levels), requests, samples)
+            except Exception as error:  # noqa: BLE001 - one by one, an operation that fails is found with its line
+                reason = str(error) or type(error).__name__
+        else:
+            reason = None
+        results = one_by_one(piles, len(levels), requests, samples)
+        if reason is not None:
+            self._program.refusals[reason] = self._program.refusals.get(reason, 0) + 1
+        return results
 
     def _together(
         self, piles: list[Pile], levels: list[int], requests: list[Request], shared: bool

@@ -108,6 +108,9 @@ def _cut(block: RunnableBlock, joint: Joint, tables: Tables, differentiate: bool
     """Cut a joint graph into stages. Raises `SumBroken` where a result turns out to be no sum."""
     places = [(operand.callee, operand.result) for operand in block.operands]
     results = [(block.function, result) for result in block.block.results]
+    for table in places:
+        if table in tables.summed and table not in results:
+            raise SumBroken(table)
     terms: dict[int, fx.Node] = {}
     for output, table in enumerate(results):
         if table in tables.summed:
