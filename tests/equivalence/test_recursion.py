@@ -94,7 +94,7 @@ def children_exchanged(monkeypatch: pytest.MonkeyPatch) -> str:
     def exchanged(made: schedule.Schedule) -> None:
         original(made)
         for group in made.groups:
-            group.children.reverse()
+            group.child_rows = group.child_rows[::-1]
 
     monkeypatch.setattr(schedule, "_children", exchanged)
     return "binary_tree_lstm"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,16 @@ class GroupRun:
     tangents: dict[str, Table] = field(default_factory=dict[str, Table])
     """For each name of a tangent that comes from a table of gradients: which."""
     by_level: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])
+    rows_of: dict[Table, tuple[Tensor, list[Tensor]]] = field(default_factory=dict[Table, tuple[Tensor, list[Tensor]]])
+
+    @cached_property
+    def owed(self) -> list[tuple[Crossing, int, Table]]:
+        """The gradients that each invocation owes others: the value, which invocation it is, and the table."""
+        return [
+            (self.staged.crossings[gradient], *self.operands[name])
+            for name, gradient in zip(self.staged.inputs, self.staged.input_gradients, strict=True)
+            if gradient is not None and name in self.operands and self.operands[name][1] in self.staged.chained
+        ]
 
     @classmethod
     def of(cls, group: Group, staged: Staged, columns: Sequence[Tensor]) -> GroupRun:
@@ -73,7 +84,6 @@ class Run:
         self._summed = {table: Sums(schedule, table) for table in summed if table[0] in schedule.sizes}
         self._tables: dict[Table, Tensor] = {}
         self._gradients: dict[Table, Tensor] = {}
-        self._group_of: dict[int, GroupRun] = {}
         self._requests: Sequence[Request] = ()
         for run in groups:
             for index, name in enumerate(run.staged.tangents):
@@ -114,10 +124,18 @@ class Run:
                 self._keep(run, name, segment, held)
         for output, table in run.staged.written:
             held = self._part(run, run.staged.crossings[run.staged.outputs[output]], segment)
-            whole = self._tables.get(table)
+            self._rows(run, table, self._tables, held)[segment.number].copy_(held)
+
+    def _rows(self, run: GroupRun, table: Table, tables: dict[Table, Tensor], like: Tensor) -> Sequence[Tensor]:
+        """Return the rows of a table that belong to a block, level by level; make the table if there is none yet."""
+        rows = run.rows_of.get(table)
+        if rows is None or rows[0] is not tables.get(table):
+            whole = tables.get(table)
             if whole is None:
-                whole = self._tables[table] = held.new_empty((self._schedule.sizes[table[0]], *held.shape[1:]))
-            whole[segment.table : segment.table + segment.rows] = held
+                whole = tables[table] = like.new_empty((self._schedule.sizes[table[0]], *like.shape[1:]))
+            views = [whole[segment.table : segment.table + segment.rows] for segment in run.group.segments]
+            rows = run.rows_of[table] = whole, views
+        return rows[1]
 
     # Values, for all rows of a block or for those of one level.
 
@@ -144,7 +162,7 @@ class Run:
         if crossing.name in run.tangents:
             return self._of_rows(self._gradients[run.tangents[crossing.name]], run.group)
         place, table = run.operands[crossing.name]
-        return self._tables[table].index_select(0, run.group.children[place])
+        return self._tables[table].index_select(0, self._schedule.children_of_all(run.group, place))
 
     def _of_rows(self, table: Tensor, group: Group) -> Tensor:
         first, last = group.bounds
@@ -158,17 +176,25 @@ class Run:
         if parts is not None and parts[segment.number] is not None:
             return parts[segment.number]
         if name in run.tangents:
-            return self._gradients[run.tangents[name]][segment.table : segment.table + segment.rows]
-        operand = run.operands.get(name)
-        if operand is not None:
-            place, table = operand
-            held = self._tables[table].index_select(0, run.group.children[place][segment.start : segment.stop])
-            self._keep(run, name, segment, held)
-            return held
+            gradients = self._gradients[run.tangents[name]]
+            return self._rows(run, run.tangents[name], self._gradients, gradients)[segment.number]
+        if name in run.operands:
+            self._gather(run, run.operands[name][1], segment)
+            return run.by_level[name][segment.number]
         held = self._whole(run, crossing)
-        if crossing.dimension is None or segment.rows == run.rows:
+        if crossing.dimension is None:
             return held
-        return held.narrow(crossing.dimension, segment.start * crossing.each, segment.rows * crossing.each)
+        sizes = [part.rows * crossing.each for part in run.group.segments]
+        run.by_level[name] = list(held.split(sizes, crossing.dimension))
+        return run.by_level[name][segment.number]
+
+    def _gather(self, run: GroupRun, table: Table, segment: Segment) -> None:
+        """Take the rows of all children of one level that come from a table, at once."""
+        named = [(name, place) for name, (place, other) in run.operands.items() if other == table]
+        index = self._schedule.children(run.group, tuple(place for _, place in named))[segment.number]
+        held = self._tables[table].index_select(0, index)
+        for (name, _), part in zip(named, held.split(segment.rows), strict=True):
+            self._keep(run, name, segment, part)
 
     # What leaves the batch.
 
@@ -239,6 +265,7 @@ class Run:
             for name in _backward_names(run.staged):
                 run.whole.pop(name, None)
                 run.by_level.pop(name, None)
+            run.rows_of.clear()
         self._gradients = {table: torch.zeros_like(held) for table, held in self._tables.items()}
         outside: dict[Table, Any] = {}
         for (group, output), numbers in self._places(self._requests).items():
@@ -279,13 +306,9 @@ class Run:
             taken = [self._part(run, crossing, segment) for crossing in code.taken]
             for name, held in zip(code.given, code.run(segment.rows, *taken), strict=True):
                 self._keep(run, name, segment, held)
-        for name, gradient in zip(run.staged.inputs, run.staged.input_gradients, strict=True):
-            operand = run.operands.get(name)
-            if operand is None or gradient is None or operand[1] not in self._gradients:
-                continue
-            place, table = operand
-            owed = self._part(run, run.staged.crossings[gradient], segment)
-            children = run.group.children[place][segment.start : segment.stop]
+        for crossing, place, table in run.owed:
+            owed = self._part(run, crossing, segment)
+            children = self._schedule.children(run.group, (place,))[segment.number]
             if self._schedule.taken_once(table[0]):
                 self._gradients[table].index_copy_(0, children, owed)
             else:

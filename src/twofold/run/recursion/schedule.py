@@ -54,9 +54,9 @@ class Group:
     order: Index
     """The invocations as they are in the pile, by level."""
     segments: list[Segment] = field(default_factory=list[Segment])
-    children: list[Tensor] = field(default_factory=list[Tensor])
-    """For each invocation that the block makes: the row of it, for all invocations of the block."""
-    child_rows: list[Index] = field(default_factory=list[Index])
+    child_rows: Index = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
+    """i64[invocations made, invocations]: the rows of the invocations that each one made."""
+    children: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict[tuple[int, ...], list[Tensor]])
 
     @property
     def block(self) -> RunnableBlock:
@@ -90,6 +90,20 @@ class Schedule:
     def index(self, numbers: Index) -> Tensor:
         """Return indices as a tensor on the device."""
         return upload(numbers, self.device)
+
+    def children(self, group: Group, places: tuple[int, ...]) -> list[Tensor]:
+        """Return the rows of some of the invocations that a block's made, level by level: first the one, then the other."""
+        known = group.children.get(places)
+        if known is None:
+            rows = group.child_rows[list(places)]
+            parts = [rows[:, segment.start : segment.stop].reshape(-1) for segment in group.segments]
+            whole = self.index(np.concatenate(parts))
+            known = group.children[places] = list(whole.split([len(part) for part in parts]))
+        return known
+
+    def children_of_all(self, group: Group, place: int) -> Tensor:
+        """Return the rows of one of the invocations that each of a block's made."""
+        return self.index(np.ascontiguousarray(group.child_rows[place]))
 
     def taken_once(self, function: str) -> bool:
         """Say whether each result of a function goes to one place at most: an invocation, or out of the batch."""
@@ -148,18 +162,11 @@ def _cut(schedule: Schedule, index: int, group: Group, level: Index) -> None:
 
 
 def _children(schedule: Schedule) -> None:
-    """Look up the rows of children, in one upload."""
-    parts: list[Index] = []
+    """Look up the rows of the invocations that each one made."""
     for group in schedule.groups:
         if group.block.callees:
             numbers = np.array(group.pile.invocations, dtype=np.int64)[group.order]
-            group.child_rows = list(schedule.row[numbers].T.copy())
-            parts += group.child_rows
-    if not parts:
-        return
-    uploaded = iter(schedule.index(np.concatenate(parts)).split([len(part) for part in parts]))
-    for group in schedule.groups:
-        group.children = [next(uploaded) for _ in group.child_rows]
+            group.child_rows = schedule.row[numbers].T
 
 
 def upload(numbers: Index, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from .schedule import Group, Index, Schedule
+from .schedule import Group, Index, Schedule, Segment
 
 
 class Sums:
@@ -35,7 +35,7 @@ class Sums:
         sums = self._scatter(terms)
         for level in self._schedule.levels:
             for segment in level:
-                for children in self._children(segment.group, segment.start, segment.stop):
+                for children in self._children(segment):
                     sums[segment.table : segment.table + segment.rows] += sums.index_select(0, children)
         return sums.index_select(0, self._schedule.index(self._schedule.row[tasks]))
 
@@ -53,7 +53,7 @@ class Sums:
         for level in reversed(self._schedule.levels):
             for segment in level:
                 own = gradient[segment.table : segment.table + segment.rows]
-                for children in self._children(segment.group, segment.start, segment.stop):
+                for children in self._children(segment):
                     gradient.index_add_(0, children, own.clone())
         return gradient.index_select(0, self._schedule.index(group.rows))
 
@@ -64,10 +64,10 @@ class Sums:
             sums.index_copy_(0, self._schedule.index(group.rows), term)
         return sums
 
-    def _children(self, group: int, start: int, stop: int) -> list[Tensor]:
+    def _children(self, segment: Segment) -> list[Tensor]:
         """Return the rows of those children whose sums are part of an invocation's, one tensor an operand."""
-        held = self._schedule.groups[group]
-        return [held.children[place][start:stop] for place in self._places(held)]
+        group = self._schedule.groups[segment.group]
+        return [self._schedule.children(group, (place,))[segment.number] for place in self._places(group)]
 
     def _places(self, group: Group) -> list[int]:
         if group.block.function != self._table[0]:
