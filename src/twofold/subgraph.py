@@ -88,7 +88,7 @@ class SubGraphFunction(Recursive):
             self._varying |= self._programs[-1][0].changed_numbers()
         try:
             converted = convert(self)
-            slices = slice_graph(converted, {}, self._varying)
+            slices = slice_graph(converted, self._varying)
         except Refused as refused:
             self.refusal = refused.refusal
             if self._strict:

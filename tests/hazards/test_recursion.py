@@ -53,7 +53,7 @@ def sum_of_words(decorate: Decorate) -> tuple[Any, nn.Embedding]:
 
 
 def both(run: Any) -> None:
-    """Check that `run(decorate)` gives the same with and without; three times, since the first calls are not batched."""
+    """Check that `run(decorate)` gives the same with and without."""
     for got, expected in zip(run(strict), run(plain), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -263,7 +263,7 @@ def test_a_cyclic_structure_and_one_without_an_end() -> None:
     encode, _ = sum_of_words(strict)
     tree = balanced(1)
     tree.children[0].children = [tree]
-    with pytest.raises(RecursionError, match="encode: the structure is cyclic.*2 levels above"):
+    with pytest.raises(RecursionError, match=r"encode: the structure is cyclic.*2 levels above"):
         encode(tree)
     assert encode(balanced(1)).shape == (HIDDEN,)
 
@@ -314,3 +314,65 @@ def test_map_is_the_calls_together(name: str) -> None:
     for _ in range(2):
         for mapped, tree in zip(recursion.encode.map(trees), trees, strict=True):
             torch.testing.assert_close(mapped, recursion.encode(tree))
+
+
+def test_a_value_asked_for_by_the_host_in_the_middle_of_a_call() -> None:
+    def run(decorate: Decorate) -> list[torch.Tensor]:
+        encode, embedding = sum_of_words(decorate)
+
+        class Asking(Tree):
+            @property
+            def asked(self) -> float:
+                return float(self.other.sum().item())
+
+        @decorate
+        def outer(node: Any) -> Any:
+            state = embedding.weight[node.word]
+            for child in node.children:
+                state = state + outer(child)
+            return state * node.asked
+
+        results = []
+        for _ in range(3):
+            embedding.weight.grad = None
+            tree = Asking(1, 1, 1.0, [Asking(2, 1), Asking(3, 1)])
+            for node in (tree, *tree.children):
+                node.other = encode(balanced(1))
+            before = encode(balanced(2))
+            loss = outer(tree).sum() + before.sum()
+            loss.backward()
+            results += [loss.detach(), embedding.weight.grad]
+        return results
+
+    both(run)
+
+
+def test_a_waiting_result_of_the_same_function_asked_for_in_the_middle() -> None:
+    def run(decorate: Decorate) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        embedding = nn.Embedding(7, HIDDEN)
+        waiting: list[Any] = []
+
+        def asked(node: Any) -> float:
+            try:
+                return float(waiting[-1].sum().item()) if node.word == 2 else 1.0
+            finally:
+                pass
+
+        @decorate
+        def encode(node: Any) -> Any:
+            state = embedding.weight[node.word]
+            for child in node.children:
+                state = torch.tanh(state + encode(child))
+            return state * asked(node)
+
+        results = []
+        for _ in range(4):
+            embedding.weight.grad = None
+            waiting[:] = [encode(Tree(1, 0, 1.0, [Tree(3)]))]
+            loss = encode(balanced(3)).sum() + waiting[0].sum()
+            loss.backward()
+            results += [loss.detach(), embedding.weight.grad]
+        return results
+
+    both(run)

@@ -10,7 +10,6 @@ assignment.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -124,24 +123,19 @@ class Slices:
         return evaluate(argument, self.fixed)
 
 
-def slice_graph(
-    converted: Converted, tensors: Mapping[str, frozenset[str]], varying: frozenset[tuple[Any, ...]]
-) -> Slices:
-    """Give every value its kind.
+def slice_graph(converted: Converted, varying: frozenset[tuple[Any, ...]]) -> Slices:
+    """Give every value its kind. Raises `Refused`.
 
-    `tensors` names, for each function, the parameters that callers give tensors for. `varying` are the keys of outer
-    values that were seen to change, which are not to be relied on. Raises `Refused`.
+    `varying` are the keys of outer values that were seen to change, which are not to be relied on.
     """
-    analysis = _Analysis(converted, tensors, varying)
+    analysis = _Analysis(converted, varying)
     while analysis.step():
         pass
     return analysis.slices
 
 
 class _Analysis:
-    def __init__(
-        self, converted: Converted, tensors: Mapping[str, frozenset[str]], varying: frozenset[tuple[Any, ...]]
-    ) -> None:
+    def __init__(self, converted: Converted, varying: frozenset[tuple[Any, ...]]) -> None:
         self._graph: Graph = converted.graph
         self.slices = slices = Slices()
         self._changed = False
@@ -154,10 +148,8 @@ class _Analysis:
                     slices.assumed.append(outer)
             else:
                 slices.kinds[value] = Kind.HOST
-        for name, function in converted.functions.items():
-            for parameter, value in zip(function.parameters, converted.graph.subgraphs[name].inputs, strict=True):
-                given = parameter in tensors.get(name, frozenset())
-                slices.kinds[value] = Kind.TENSOR if given else Kind.HOST
+        for name in converted.functions:
+            slices.kinds.update(dict.fromkeys(converted.graph.subgraphs[name].inputs, Kind.HOST))
 
     def step(self) -> bool:
         """Go through all bodies once; say whether a kind changed."""

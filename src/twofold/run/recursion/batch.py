@@ -48,15 +48,21 @@ class Batch:
         self._wanted: list[tuple[Request, weakref.ref[Deferred]]] = []
         self._versions: Sequence[int] = ()
         self._shared = False
+        self._planning = 0
 
     # While planners run.
 
     def begin(self, versions: Sequence[int]) -> None:
         """Take up a call made from ordinary Python; `versions` are those of the tensors from outside."""
-        if self._levels and self._grad != torch.is_grad_enabled():
+        if not self._planning and self._levels and self._grad != torch.is_grad_enabled():
             PENDING.flush()
         if not self._levels:
             self._grad, self._versions = torch.is_grad_enabled(), versions
+        self._planning += 1
+
+    def end(self) -> None:
+        """Take note that a call has been planned."""
+        self._planning -= 1
 
     def pile(self, block: RunnableBlock) -> Pile:
         """Return where the invocations of a block wait."""
@@ -124,15 +130,18 @@ class Batch:
     # At the flush.
 
     def flush(self) -> None:
-        """Compute all invocations and fill in the tensors that are still held."""
+        """Compute all invocations and fill in the tensors that are still held.
+
+        While a call is being planned (its own Python asks for a value) the invocations stay, since others will take
+        results from them, and are computed again with those.
+        """
         levels, wanted, shared = self._levels[:], self._wanted, self._shared
         piles = [
             Pile(pile.block, pile.tasks, pile.invocations, pile.hosts) for pile in self._piles.values() if pile.tasks
         ]
-        self._levels.clear()
-        self._wanted, self._shared = [], False
-        for pile in self._piles.values():
-            pile.tasks, pile.invocations, pile.hosts = [], [], []
+        self._wanted = []
+        if not self._planning:
+            self._clear()
         held = [(request, deferred) for request, ref in wanted if (deferred := ref()) is not None]
         requests = list(dict.fromkeys(request for request, _ in held))
         if not piles:
@@ -146,6 +155,12 @@ class Batch:
             found = dict(zip(requests, self._compute(piles, levels, requests, shared), strict=True))
         for request, deferred in held:
             fill(deferred, found[request])
+
+    def _clear(self) -> None:
+        self._levels.clear()
+        self._shared = False
+        for pile in self._piles.values():
+            pile.tasks, pile.invocations, pile.hosts = [], [], []
 
     def _compute(self, piles: list[Pile], levels: list[int], requests: list[Request], shared: bool) -> Sequence[Tensor]:
         samples = self._program.tables.samples

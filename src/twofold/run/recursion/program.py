@@ -82,8 +82,11 @@ class Program:
     def call(self, arguments: Sequence[Any]) -> Any:
         """Plan one call from ordinary Python; return its results, tensors deferred."""
         self.batch.begin(self.versions())
-        PENDING.add(self.batch)
-        held = self._walk(*arguments, WALKED)
+        try:
+            held = self._walk(*arguments, WALKED)
+        finally:
+            self.batch.end()
+            PENDING.add(self.batch)
         number, hosts = (held, ()) if type(held) is int else (held[0], held[1:])
         others = iter(hosts)
         results: list[Any] = []

@@ -92,7 +92,7 @@ class Schedule:
         return upload(numbers, self.device)
 
     def children(self, group: Group, places: tuple[int, ...]) -> list[Tensor]:
-        """Return the rows of some of the invocations that a block's made, level by level: first the one, then the other."""
+        """Return, level by level, the rows of some of the invocations that a block's made: one after the other."""
         known = group.children.get(places)
         if known is None:
             rows = group.child_rows[list(places)]
