@@ -376,3 +376,33 @@ def test_a_waiting_result_of_the_same_function_asked_for_in_the_middle() -> None
         return results
 
     both(run)
+
+
+def test_the_host_computes_with_kept_results() -> None:
+    def run(decorate: Decorate) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        embedding = nn.Embedding(7, HIDDEN)
+
+        @decorate
+        def encode(node: Any, states: Any) -> Any:
+            if node in states:
+                return states[node] * 0.5
+            state = embedding.weight[node.word]
+            for child in node.children:
+                state = torch.tanh(state + encode(child, states))
+            states[node] = state
+            return state
+
+        results = []
+        for _ in range(4):
+            embedding.weight.grad = None
+            shared = balanced(1)
+            states: Any = {}
+            first = encode(shared, states)
+            states[shared] = first + 1.0
+            loss = encode(Tree(1, 1, 1.0, [shared, Tree(2, 1, 1.0, [shared])]), states).sum()
+            loss.backward()
+            results += [loss.detach(), embedding.weight.grad]
+        return results
+
+    both(run)

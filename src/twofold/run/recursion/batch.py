@@ -59,10 +59,12 @@ class Batch:
         if not self._levels:
             self._grad, self._versions = torch.is_grad_enabled(), versions
         self._planning += 1
+        PENDING.planning += 1
 
     def end(self) -> None:
         """Take note that a call has been planned."""
         self._planning -= 1
+        PENDING.planning -= 1
 
     def pile(self, block: RunnableBlock) -> Pile:
         """Return where the invocations of a block wait."""
@@ -98,7 +100,7 @@ class Batch:
         return number
 
     def _link(self, pile: Pile, invocations: Sequence[int], hosts: Sequence[Any]) -> Any:
-        """Make host values that wait in this batch results of invocations."""
+        """Make host values that wait in this batch results of invocations; others are computed now."""
         places: list[tuple[int, str, int]] = []
         others: list[Any] = []
         numbers = list(invocations)
@@ -108,10 +110,8 @@ class Batch:
                 continue
             place = host.__dict__.get("place")
             if place is None or place[0] is not self:
-                raise TwofoldError(
-                    "a recursive call takes a tensor that other deferred calls or operations have yet to compute;"
-                    " use its value first, for example print it or call .detach()"
-                )
+                PENDING.flush()
+                return pile, invocations, hosts
             places.append((index, *place[2:]))
             numbers.append(place[1])
         self._shared = True

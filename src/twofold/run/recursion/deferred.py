@@ -85,6 +85,8 @@ class Pending(threading.local):
         self._sources: list[Source] = []
         self._noted: list[Noted] = []
         self._flushing = False
+        self.planning = 0
+        """How many calls are being planned: their own Python's operations on deferred tensors do not wait."""
 
     def add(self, source: Source) -> None:
         """Have a source flushed with the others."""
@@ -93,7 +95,7 @@ class Pending(threading.local):
 
     def note(self, function: Any, args: Any, kwargs: Any) -> Deferred | None:
         """Note an operation and return its result to be; None if it must not wait."""
-        if self._flushing or not (self._sources or self._noted):
+        if self._flushing or self.planning or not (self._sources or self._noted):
             return None
         taken: list[Any] = []
         for leaf in (leaves := pytree.tree_flatten((args, kwargs)))[0]:
