@@ -97,6 +97,8 @@ class Pending(threading.local):
         """Note an operation and return its result to be; None if it must not wait."""
         if self._flushing or self.planning or not (self._sources or self._noted):
             return None
+        if not kwargs and len(args) == 2 and all(type(arg) in (Deferred, int, float) for arg in args):
+            return self._noted_result(function, args, kwargs)
         taken: list[Any] = []
         for leaf in (leaves := pytree.tree_flatten((args, kwargs)))[0]:
             if isinstance(leaf, Tensor) and type(leaf) is not Deferred:
@@ -104,11 +106,13 @@ class Pending(threading.local):
                     return None
                 leaf = leaf.clone()
             taken.append(leaf)
+        return self._noted_result(function, *pytree.tree_unflatten(taken, leaves[1]))
+
+    def _noted_result(self, function: Any, arguments: Any, keywords: Any) -> Deferred | None:
         in_place = function in _IN_PLACE
-        if in_place and type(args[0]) is not Deferred:
+        if in_place and type(arguments[0]) is not Deferred:
             return None
-        arguments, keywords = pytree.tree_unflatten(taken, leaves[1])
-        result = args[0] if in_place else defer()
+        result = arguments[0] if in_place else defer()
         self._noted.append(Noted(function, arguments, keywords, weakref.ref(result), torch.is_grad_enabled()))
         return result
 

@@ -355,6 +355,7 @@ _FAST: dict[Any, Any] = {
     aten.tanh.default: torch.tanh,
     aten.mm.default: torch.mm,
     aten.addmm.default: torch.addmm,
+    aten.addcmul.default: torch.addcmul,
     aten.cat.default: torch.cat,
     aten.split.Tensor: torch.split,
     aten.unsqueeze.default: torch.unsqueeze,

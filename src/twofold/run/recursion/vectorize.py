@@ -32,6 +32,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from twofold.convert.from_source import line_of
 from twofold.graph import Constant, Node, SubGraph, Value, evaluate, values_in
 
+from .rewrite import fuse_products, join_gates
+
 aten = torch.ops.aten
 SIZES = (5, 7)
 """Numbers of invocations for the two traces; what differs between them is proportional to that number."""
@@ -361,6 +363,8 @@ def _simplify(graph: fx.Graph) -> None:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
     graph.eliminate_dead_code()
+    join_gates(graph)
+    fuse_products(graph)
 
 
 def _with_bias(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
