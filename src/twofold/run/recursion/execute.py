@@ -185,7 +185,7 @@ class Run:
         if crossing.dimension is None:
             return held
         sizes = [part.rows * crossing.each for part in run.group.segments]
-        run.by_level[name] = list(held.split(sizes, crossing.dimension))
+        run.by_level[name] = list(torch.split_with_sizes(held, sizes, crossing.dimension))
         return run.by_level[name][segment.number]
 
     def _gather(self, run: GroupRun, table: Table, segment: Segment) -> None:
@@ -193,7 +193,7 @@ class Run:
         named = [(name, place) for name, (place, other) in run.operands.items() if other == table]
         index = self._schedule.children(run.group, tuple(place for _, place in named))[segment.number]
         held = self._tables[table].index_select(0, index)
-        for (name, _), part in zip(named, held.split(segment.rows), strict=True):
+        for (name, _), part in zip(named, torch.split_with_sizes(held, [segment.rows] * len(named)), strict=True):
             self._keep(run, name, segment, part)
 
     # What leaves the batch.

@@ -357,7 +357,7 @@ _FAST: dict[Any, Any] = {
     aten.addmm.default: torch.addmm,
     aten.addcmul.default: torch.addcmul,
     aten.cat.default: torch.cat,
-    aten.split.Tensor: torch.split,
+    aten.split.Tensor: torch._VF.split,  # pyright: ignore[reportAttributeAccessIssue] torch.split is Python
     aten.unsqueeze.default: torch.unsqueeze,
     aten.neg.default: torch.neg,
 }
