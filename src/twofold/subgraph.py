@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from types import MethodType
@@ -15,6 +16,7 @@ import torch
 from twofold.convert.from_source import Converted, Outer, Recursive, Refusal, Refused, Slices, convert, slice_graph
 from twofold.errors import NotConvertibleError
 from twofold.graph import show
+from twofold.options import Options
 from twofold.run.recursion import Program, flush_before_steps
 
 MOST_PROGRAMS = 8
@@ -33,6 +35,8 @@ class SubGraphFunction(Recursive):
         self._signature = signature if receiver is None else signature.replace(parameters=parameters[1:])
         self._bound: WeakKeyDictionary[Any, SubGraphFunction] = WeakKeyDictionary()
         self._programs: list[tuple[_World, Program]] = []
+        self._eager = Options.make().engine == "eager"
+        self._thread = threading.get_ident()
         self._varying: frozenset[tuple[Any, ...]] = frozenset()
         self.refusal: Refusal | None = None
         """Why calls run as plain Python; None if they do not."""
@@ -48,7 +52,8 @@ class SubGraphFunction(Recursive):
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Call the function: its tensors are computed when a value is needed, those of several calls together."""
-        program = None if _watched() else self._ready()
+        plain = self._eager or self._thread != threading.get_ident() or _watched()
+        program = None if plain else self._ready()
         if program is None:
             first = [] if self.receiver is None else [self.receiver]
             return self.function(*first, *arguments, **keywords)

@@ -1,5 +1,6 @@
 """What could go wrong unseen where calls of recursive functions are deferred: each case against plain Python."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -406,3 +407,20 @@ def test_the_host_computes_with_kept_results() -> None:
         return results
 
     both(run)
+
+
+def test_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWOFOLD_ENGINE", "eager")
+    encode, _ = sum_of_words(strict)
+    assert type(encode(balanced(1))) is torch.Tensor
+
+
+def test_calls_in_another_thread_are_plain() -> None:
+    encode, _ = sum_of_words(strict)
+    waiting = encode(balanced(1))
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(encode(balanced(1))))
+    thread.start()
+    thread.join()
+    assert type(found[0]) is torch.Tensor
+    torch.testing.assert_close(found[0], waiting)
