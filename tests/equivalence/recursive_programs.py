@@ -82,15 +82,20 @@ def child_sum(decorate: Decorate) -> Recursion:
         word = gates(embedding.weight[node.word].unsqueeze(0))
         total = torch.zeros(1, hidden)
         kept = torch.zeros(1, hidden)
+        loss: Any = 0.0
         for child in node.children:
-            h, c = encode(child)
+            h, c, loss_of_child = encode(child)
             total = total + h
+            loss = loss + loss_of_child
             kept += (word[:, :hidden] + forget(h)).sigmoid() * c
         i, o, u = (word + sums(total)).chunk(3, 1)
         c = i.sigmoid() * u.tanh() + kept
-        return o.sigmoid() * c.tanh(), c
+        h = o.sigmoid() * c.tanh()
+        return h, c, loss + F.cross_entropy(h, torch.tensor([node.label % HIDDEN]))
 
-    return Recursion(encode, lambda tree: encode(tree)[0].sum(), _parameters(gates, sums, forget, embedding))
+    return Recursion(
+        encode, lambda tree: encode(tree)[2] + encode(tree)[0].sum(), _parameters(gates, sums, forget, embedding)
+    )
 
 
 def lists_and_reductions(decorate: Decorate) -> Recursion:
@@ -234,6 +239,24 @@ def tensors_at_nodes(decorate: Decorate) -> Recursion:
     return Recursion(encode, lambda tree: encode(tree, vectors).tanh().sum(), [*_parameters(own), *vectors])
 
 
+def handed_on(decorate: Decorate) -> Recursion:
+    """Gradients go from parents to children as they are, and a result is only a sum of children's."""
+    (own,), embedding = _layers((HIDDEN, HIDDEN))
+
+    @decorate
+    def encode(node: Any) -> Any:
+        count = 1.0
+        state = embedding.weight[node.word]
+        size = embedding.weight[node.word].sum() * 2.0
+        for child in node.children:
+            below, deep = encode(child)
+            state = state + below
+            size = size + deep + 1.0
+        return state, size + count
+
+    return Recursion(encode, lambda tree: own(encode(tree)[0]).sum() + encode(tree)[1], _parameters(own, embedding))
+
+
 PROGRAMS = {
     maker.__name__: maker
     for maker in (
@@ -245,5 +268,6 @@ PROGRAMS = {
         mutual,
         sums_used_inside,
         tensors_at_nodes,
+        handed_on,
     )
 }

@@ -309,6 +309,8 @@ class Run:
         for crossing, place, table in run.owed:
             owed = self._part(run, crossing, segment)
             children = self._schedule.children(run.group, (place,))[segment.number]
+            if owed.untyped_storage().data_ptr() == self._gradients[table].untyped_storage().data_ptr():
+                owed = owed.clone()  # a gradient handed on as it is: rows of the table that is written to
             if self._schedule.taken_once(table[0]):
                 self._gradients[table].index_copy_(0, children, owed)
             else:

@@ -99,11 +99,14 @@ def own_term(joint: Joint, output: int, children: Iterable[int]) -> fx.Node | No
     `children` are the inputs that are the same result of other invocations. Each must be used once, in the sum.
     """
     places = {joint.inputs[index] for index in children}
-    terms: list[fx.Node] = []
+    terms: list[Any] = []
     found: list[fx.Node] = []
 
     def take_apart(node: Any, shape: Any) -> bool:
-        if not isinstance(node, fx.Node) or node.meta["val"].shape != shape:
+        if not isinstance(node, fx.Node) or node.meta["val"].dim() == 0:
+            terms.append(node)
+            return True
+        if node.meta["val"].shape != shape:
             return False
         if node in places:
             found.append(node)
@@ -122,8 +125,11 @@ def own_term(joint: Joint, output: int, children: Iterable[int]) -> fx.Node | No
         return None
     graph = joint.graph
     with graph.inserting_before(next(node for node in graph.nodes if node.op == "output")):
-        total = terms[0] if terms else _zeros_like(joint, root)
-        for term in terms[1:]:
+        full = [term for term in terms if isinstance(term, fx.Node) and term in joint.rows]
+        total = full[0] if full else _zeros_like(joint, root)
+        if full:
+            terms.remove(total)
+        for term in terms:
             total = _like(joint, root, graph.call_function(aten.add.Tensor, (total, term)))
     return total
 

@@ -20,6 +20,7 @@ any subset of them, and its rows be joined along that dimension.
 from __future__ import annotations
 
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -241,7 +242,8 @@ def _trace(
         return [*outputs, *(gradient for gradient in gradients if gradient is not None)]
 
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of operations that vmap runs one by one
             examples = mapped(inputs)
         module = make_fx(joint)(inputs, [torch.zeros_like(example) for example in examples])
     except NotBatchableError:
