@@ -8,6 +8,7 @@ from twofold.api import Function, Program, function, program, report, wait_for_c
 from twofold.declare import DeclarationError, DeclaredSubGraph, if_, while_
 from twofold.errors import BackendUnavailableError, NotConvertibleError, OptionError, TwofoldError
 from twofold.graph import TensorSpec, show
+from twofold.subgraph import subgraph
 
 __all__ = [
     "BackendUnavailableError",
@@ -24,6 +25,7 @@ __all__ = [
     "program",
     "report",
     "show",
+    "subgraph",
     "wait_for_compilation",
     "while_",
 ]

@@ -11,6 +11,7 @@ from .effects import effectful_subgraphs, has_effect
 from .equivalence import equivalent
 from .interpret import AssertionFailed, Environment, evaluate, interpret, run_node
 from .ir import (
+    SCALAR_TYPES,
     Ambient,
     Argument,
     Constant,
@@ -38,6 +39,7 @@ __all__ = [
     "CONTROL_FLOW",
     "OPS",
     "PASSES",
+    "SCALAR_TYPES",
     "Ambient",
     "AmbientSwitch",
     "Argument",

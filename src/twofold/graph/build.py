@@ -116,6 +116,14 @@ class SubGraphBuilder:
         """Return a builder for a nested body, which may read the values made so far here."""
         return SubGraphBuilder(name, self._names, self._declarations)
 
+    def mark(self) -> int:
+        """Return a mark to `rewind` to."""
+        return len(self._nodes)
+
+    def rewind(self, mark: int) -> None:
+        """Drop the nodes appended since the mark: an attempt that did not work out."""
+        del self._nodes[mark:]
+
     def finish(self, outputs: Sequence[Argument]) -> SubGraph:
         """Freeze the body."""
         return SubGraph(self.name, tuple(self._inputs), tuple(self._nodes), tuple(outputs))

@@ -1,0 +1,55 @@
+"""What conversion does not take, as structured values: code, construct, origin with its source line, hint."""
+
+from __future__ import annotations
+
+import linecache
+from dataclasses import dataclass
+
+from twofold.graph import Origin
+
+HINTS: dict[str, str] = {
+    "no_source": "Define the function in a file, with def.",
+    "unsupported_syntax": "Write this part with if, for, comprehensions and calls, or move it out of the function.",
+    "unsupported_call": "Call torch functions, nn.Modules, functions written in Python, or pass no tensors to it.",
+    "return_in_loop": "Return after the loop; keep what was found in a variable.",
+    "tensor_fetch": "Decide with Python values; or leave the function undecorated, it then runs as plain Python.",
+    "tensor_argument": "Pass Python values down and tensors up; compute from the results of the calls.",
+    "recursive_helper": "Decorate the helper with twofold.subgraph too.",
+    "module_hook": "Remove the hook, or call the operations of the module's forward directly.",
+    "random": "Switch the module to evaluation mode; batched execution cannot draw eager's random numbers in order.",
+    "inconsistent_results": "Return as many results from every return statement.",
+}
+"""For each code, what to write instead."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a function is not converted. `construct` says what was met, `line` is the text of the source line."""
+
+    code: str
+    construct: str
+    origin: Origin | None = None
+    line: str = ""
+
+    @property
+    def hint(self) -> str:
+        """What to write instead."""
+        return HINTS[self.code]
+
+    def __str__(self) -> str:
+        where = f" ({self.origin})" if self.origin else ""
+        shown = f"\n    {self.line.strip()}" if self.line else ""
+        return f"{self.code}: {self.construct}{where}{shown}\n{self.hint}"
+
+
+def line_of(origin: Origin) -> str:
+    """Return the text of a source line, or nothing where it cannot be read."""
+    return linecache.getline(origin.file, origin.line)
+
+
+class Refused(Exception):
+    """Raised inside the conversion; `refusal` says why."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal

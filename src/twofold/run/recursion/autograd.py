@@ -1,0 +1,58 @@
+"""A run of a batch as one node of autograd's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from twofold.run.placeholders import FREED_MESSAGE
+
+from .execute import Request, Run
+
+
+class Recursion(torch.autograd.Function):
+    """Tensors given: the parameters, then those columns of host values that require a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, requests: Sequence[Request], places: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.run, ctx.places = run, places
+        ctx.save_for_backward(*tensors[: len(tensors) - len(places)])
+        ctx.set_materialize_grads(False)
+        outputs = run.forward(requests)
+        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor | None
+    ) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.run is None:
+            raise RuntimeError(FREED_MESSAGE)
+        parameters = ctx.saved_tensors
+        run: Run = ctx.run
+        if not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
+            ctx.run = None
+        found = run.backward(gradients)
+        columns = [run.host_gradient(group, index) for group, index in ctx.places]
+        return None, None, None, *(found.get(id(parameter)) for parameter in parameters), *columns
+
+
+def differentiable_run(
+    run: Run,
+    requests: Sequence[Request],
+    parameters: Sequence[Tensor],
+    columns: Sequence[Sequence[Tensor]],
+    differentiate: bool,
+) -> Sequence[Tensor]:
+    """Run a batch; the tensors returned carry autograd history if `differentiate`."""
+    if not differentiate:
+        with torch.no_grad():
+            return run.forward(requests)
+    places = [(g, i) for g, held in enumerate(columns) for i, column in enumerate(held) if column.requires_grad]
+    sources = [columns[group][index] for group, index in places]
+    return Recursion.apply(run, requests, places, *parameters, *sources)  # type: ignore[no-any-return]

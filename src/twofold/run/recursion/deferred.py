@@ -1,0 +1,152 @@
+"""Tensors whose values are not there yet, and what waits for them.
+
+A call of a recursive function returns `Deferred` tensors. So do cheap operations on them: each is noted, and done when
+the values are there, in the same order. Everything else that is done with one needs its value: the batch is flushed,
+each deferred object becomes the ordinary tensor that it stood for, and the operation goes on with that.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils import _pytree as pytree
+
+from twofold.errors import TwofoldError
+
+SMALL = 1024
+"""Elements up to which another tensor in a noted operation is copied, in case it is written to before the flush."""
+
+_NOTED: frozenset[Any] = frozenset( { getattr(holder, name) for holder in (torch, Tensor) for name in ( "add", "sub",
+"mul", "div", "neg", "sum", "mean", "stack", "cat", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__",
+"__rmul__", "__truediv__", "__rtruediv__", "__neg__", "__iadd__", "add_", ) if hasattr(holder, name) } )  # fmt: skip
+
+
+class FailedError(TwofoldError):
+    """The value of a deferred tensor is asked for, and computing it failed before."""
+
+
+class Source(Protocol):
+    """What computes deferred results: the invocations of one function."""
+
+    def flush(self) -> None:
+        """Compute them, and fill in those still in use."""
+
+
+class Noted(NamedTuple):
+    """An operation on deferred tensors, to be done at the flush."""
+
+    function: Callable[..., Any]
+    arguments: Any
+    keywords: Any
+    result: weakref.ref[Deferred]
+    grad: bool
+
+
+class Deferred(torch.Tensor):
+    """A tensor whose value is not there yet. `place` says which output of which waiting invocation it is, if one."""
+
+    place: tuple[Any, int, str, int]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _NOTED:
+            noted = PENDING.note(func, args, kwargs or {})
+            if noted is not None:
+                return noted
+        PENDING.flush()
+        if any(type(leaf) is Deferred for leaf in pytree.tree_leaves((args, kwargs))):
+            raise FailedError("the recursive calls that this tensor comes from raised an exception; call them again")
+        return func(*args, **(kwargs or {}))
+
+
+def defer() -> Deferred:
+    """Make a deferred tensor."""
+    return torch.Tensor._make_subclass(Deferred, torch.empty(0))
+
+
+def fill(deferred: Deferred, value: Tensor) -> None:
+    """Turn a deferred object into the tensor it stands for, whose own object is used up."""
+    torch._C._swap_tensor_impl(deferred, value)  # type: ignore[attr-defined]
+    vars(deferred).pop("place", None)
+    deferred.__class__ = torch.Tensor  # type: ignore[assignment]
+
+
+class Pending(threading.local):
+    """What waits to be computed in this thread: sources in the order of their first call, then noted operations."""
+
+    def __init__(self) -> None:
+        self._sources: list[Source] = []
+        self._noted: list[Noted] = []
+        self._flushing = False
+        self.planning = 0
+        """How many calls are being planned: their own Python's operations on deferred tensors do not wait."""
+
+    def add(self, source: Source) -> None:
+        """Have a source flushed with the others."""
+        if source not in self._sources:
+            self._sources.append(source)
+
+    def note(self, function: Any, args: Any, kwargs: Any) -> Deferred | None:
+        """Note an operation and return its result to be; None if it must not wait."""
+        if self._flushing or self.planning or not (self._sources or self._noted):
+            return None
+        if not kwargs and len(args) == 2 and all(type(arg) in (Deferred, int, float) for arg in args):
+            return self._noted_result(function, args, kwargs)
+        taken: list[Any] = []
+        for leaf in (leaves := pytree.tree_flatten((args, kwargs)))[0]:
+            if isinstance(leaf, Tensor) and type(leaf) is not Deferred:
+                if type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.numel() > SMALL:
+                    return None
+                leaf = leaf.clone()
+            taken.append(leaf)
+        return self._noted_result(function, *pytree.tree_unflatten(taken, leaves[1]))
+
+    def _noted_result(self, function: Any, arguments: Any, keywords: Any) -> Deferred | None:
+        in_place = function in _IN_PLACE
+        if in_place and type(arguments[0]) is not Deferred:
+            return None
+        result = arguments[0] if in_place else defer()
+        self._noted.append(Noted(function, arguments, keywords, weakref.ref(result), torch.is_grad_enabled()))
+        return result
+
+    def flush(self) -> None:
+        """Compute everything that waits. Raises what its operations raise."""
+        if self._flushing:
+            return
+        sources, self._sources = self._sources, []
+        noted, self._noted = self._noted, []
+        self._flushing = True
+        try:
+            for source in sources:
+                source.flush()
+            self._carry_out(noted)
+        finally:
+            self._flushing = False
+
+    def _carry_out(self, noted: list[Noted]) -> None:
+        """Do what was noted, in order. What nobody holds any more, and no later operation takes, is left out."""
+        for operation in noted:
+            result = operation.result()
+            if result is None:
+                continue
+            with torch.set_grad_enabled(operation.grad):
+                value = operation.function(*operation.arguments, **operation.keywords)
+            if type(result) is Deferred:
+                fill(result, value)
+
+
+_IN_PLACE = frozenset({Tensor.__iadd__, Tensor.add_})
+PENDING = Pending()
+
+
+@functools.cache
+def flush_before_steps() -> None:
+    """Have everything that waits computed before any optimizer changes parameters."""
+    register_optimizer_step_pre_hook(lambda *_: PENDING.flush())

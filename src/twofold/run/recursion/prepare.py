@@ -1,0 +1,129 @@
+"""Making blocks ready to run together: their samples, joint graphs, and stages, kept for the next batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from .blocks import RunnableBlock
+from .execute import Table
+from .schedule import upload
+from .stages import Cut, Staged, own_term
+from .vectorize import Joint, NotBatchableError, Sample, trace_joint
+
+
+class SumBroken(Exception):
+    """A result that was taken for a sum of children's is none."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table)
+        self.table = table
+
+
+@dataclass
+class Tables:
+    """What is known of the results of functions.
+
+    `samples`: what each is like. `summed`: which are taken for sums of children's, until a block says otherwise.
+    `chained`: which others are taken by invocations.
+    """
+
+    samples: dict[Table, Sample] = field(default_factory=dict[Table, Sample])
+    summed: frozenset[Table] = frozenset()
+    chained: frozenset[Table] = frozenset()
+    not_summed: set[Table] = field(default_factory=set[Table])
+
+    def update(self, blocks: Sequence[RunnableBlock]) -> None:
+        """Take note of who takes what from whom."""
+        taken = {(o.callee, o.result) for block in blocks for o in block.operands}
+        foreign = {(o.callee, o.result) for block in blocks for o in block.operands if o.callee != block.function}
+        sums = taken - foreign - self.not_summed
+        self.summed = frozenset(table for table in sums if self.samples[table].dtype.is_floating_point)
+        self.chained = frozenset(taken - self.summed)
+
+
+def column(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Make one tensor of the host values of all invocations, a row each. Raises `NotBatchableError`."""
+    kinds = set(map(type, values))
+    if any(issubclass(kind, Tensor) for kind in kinds):
+        return _stacked(values)
+    if len(kinds) > 1 or not kinds <= {int, float, bool, list, tuple}:
+        raise NotBatchableError(f"host values of types {', '.join(sorted(kind.__name__ for kind in kinds))}")
+    try:
+        held = np.array(values)
+    except ValueError as error:
+        raise NotBatchableError(f"host values of several shapes: {error}") from None
+    if held.dtype.kind not in "bif":
+        raise NotBatchableError(f"host values of dtype {held.dtype}")
+    return upload(held, device)
+
+
+def _stacked(values: Sequence[Any]) -> Tensor:
+    if not all(isinstance(value, Tensor) for value in values):
+        raise NotBatchableError("some host values are tensors and some are not")
+    first = values[0]
+    if any(value.shape != first.shape or value.dtype != first.dtype for value in values):
+        raise NotBatchableError("tensors of several shapes or dtypes")
+    return torch.stack(list(values))
+
+
+def stage_group(block: RunnableBlock, columns: Sequence[Tensor], tables: Tables, differentiate: bool) -> Staged:
+    """Return the stages of a block for host values like these. Raises `NotBatchableError`."""
+    if block.refusal is not None:
+        raise NotBatchableError(block.refusal)
+    hosts = [Sample(tuple(c.shape[1:]), c.dtype, c.device, c.requires_grad and differentiate) for c in columns]
+    operands = [tables.samples[o.callee, o.result].given(differentiate) for o in block.operands]
+    flags = tuple(tensor.requires_grad for tensor in block.tensors)
+    key = (*operands, *hosts, differentiate, flags)
+    try:
+        joint = block.joints.get(key)
+        if joint is None:
+            joint = block.joints[key] = _trace(block, [*operands, *hosts], tables, differentiate)
+        form = (key, tables.summed, tables.chained)
+        staged = block.staged.get(form)
+        if staged is None:
+            staged = block.staged[form] = _cut(block, joint, tables, differentiate)
+    except NotBatchableError as error:
+        block.refusal = str(error)
+        raise
+    return staged
+
+
+def _trace(block: RunnableBlock, samples: list[Sample], tables: Tables, differentiate: bool) -> Joint:
+    expected = [tables.samples.get((block.function, result)) for result in block.block.results]
+    joint = trace_joint(block.block.body, samples, expected, block.parameters if differentiate else [])
+    for sample, output in zip(expected, joint.outputs, strict=True):
+        value = output.meta["val"]
+        if sample is not None and (tuple(value.shape[1:]), value.dtype, value.device) != sample[:3]:
+            raise NotBatchableError(f"results of several shapes or dtypes: {sample.shape} and {tuple(value.shape[1:])}")
+    return joint
+
+
+def _cut(block: RunnableBlock, joint: Joint, tables: Tables, differentiate: bool) -> Staged:
+    """Cut a joint graph into stages. Raises `SumBroken` where a result turns out to be no sum."""
+    places = [(operand.callee, operand.result) for operand in block.operands]
+    results = [(block.function, result) for result in block.block.results]
+    for table in places:
+        if table in tables.summed and table not in results:
+            raise SumBroken(table)
+    terms: dict[int, fx.Node] = {}
+    for output, table in enumerate(results):
+        if table in tables.summed:
+            term = own_term(joint, output, [index for index, place in enumerate(places) if place == table])
+            if term is None:
+                raise SumBroken(table)
+            terms[output] = term
+    chained = {output: table for output, table in enumerate(results) if table in tables.chained}
+    cut = Cut(
+        joint,
+        frozenset(index for index, place in enumerate(places) if place in tables.chained),
+        frozenset(chained),
+        terms,
+        frozenset(index for index, place in enumerate(places) if place in tables.summed),
+    )
+    return cut.staged(differentiate, tables.chained, list(chained.values()))

@@ -1,0 +1,172 @@
+"""`twofold.subgraph`: plain recursive functions as graphs that are batched over all invocations."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from types import MethodType
+from typing import Any, overload
+from weakref import WeakKeyDictionary
+
+import torch
+
+from twofold.convert.from_source import Converted, Outer, Recursive, Refusal, Refused, Slices, convert, slice_graph
+from twofold.errors import NotConvertibleError
+from twofold.graph import show
+from twofold.options import Options
+from twofold.run.recursion import Program, flush_before_steps
+
+MOST_PROGRAMS = 8
+"""States of the outside world (modules in training or evaluation, callees) that programs are kept for."""
+
+
+class SubGraphFunction(Recursive):
+    """A recursive function whose tensors are computed for all invocations together. Made by `subgraph`."""
+
+    def __init__(self, function: Callable[..., Any], receiver: object = None, strict: bool = False) -> None:
+        super().__init__(function, receiver)
+        functools.update_wrapper(self, function)
+        self._strict = strict
+        signature = inspect.signature(function)
+        parameters = list(signature.parameters.values())
+        self._signature = signature if receiver is None else signature.replace(parameters=parameters[1:])
+        self._bound: WeakKeyDictionary[Any, SubGraphFunction] = WeakKeyDictionary()
+        self._programs: list[tuple[_World, Program]] = []
+        self._eager = Options.make().engine == "eager"
+        self._thread = threading.get_ident()
+        self._varying: frozenset[tuple[Any, ...]] = frozenset()
+        self.refusal: Refusal | None = None
+        """Why calls run as plain Python; None if they do not."""
+
+    def __get__(self, receiver: Any, owner: type | None = None) -> SubGraphFunction:
+        """Return the function as a method of an object."""
+        if receiver is None:
+            return self
+        known = self._bound.get(receiver)
+        if known is None:
+            known = self._bound[receiver] = SubGraphFunction(self.function, receiver, self._strict)
+        return known
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Call the function: its tensors are computed when a value is needed, those of several calls together."""
+        plain = self._eager or self._thread != threading.get_ident() or _watched()
+        program = None if plain else self._ready()
+        if program is None:
+            first = [] if self.receiver is None else [self.receiver]
+            return self.function(*first, *arguments, **keywords)
+        if keywords or len(arguments) != len(self._signature.parameters):
+            bound = self._signature.bind(*arguments, **keywords)
+            bound.apply_defaults()
+            arguments = tuple(bound.arguments.values())
+        return program.call(arguments)
+
+    def map(self, structures: Iterable[Any]) -> list[Any]:
+        """Return the results for each structure; their tensors are computed together."""
+        return [self(structure) for structure in structures]
+
+    @property
+    def unbatched(self) -> dict[str, int]:
+        """Why invocations ran one at a time, beside the first ones of each kind, and in how many batches."""
+        counts: Counter[str] = Counter()
+        for _, program in self._programs:
+            counts.update(program.refusals)
+        return dict(counts)
+
+    def show(self) -> str:
+        """Return the function's SubGraph, and those it invokes, as text. Raises `NotConvertibleError`."""
+        try:
+            return show(convert(self).graph)
+        except Refused as refused:
+            raise NotConvertibleError(str(refused.refusal)) from None
+
+    def _ready(self) -> Program | None:
+        """Return the program for the outside world as it is; None if the function is refused."""
+        if self.refusal is not None:
+            return None
+        for world, program in self._programs:
+            if world.holds():
+                return program
+        if self._programs:
+            self._varying |= self._programs[-1][0].changed_numbers()
+        try:
+            converted = convert(self)
+            slices = slice_graph(converted, self._varying)
+        except Refused as refused:
+            self.refusal = refused.refusal
+            if self._strict:
+                raise NotConvertibleError(str(refused.refusal)) from None
+            return None
+        flush_before_steps()
+        program = Program(converted, slices)
+        self._programs = [*self._programs[1 - MOST_PROGRAMS :], (_World(converted, slices), program)]
+        return program
+
+
+class _World:
+    """What a program relies on outside its function: callees, modules and numbers."""
+
+    def __init__(self, converted: Converted, slices: Slices) -> None:
+        self._outer = list({outer.key: outer for outer in (*converted.assumed, *slices.assumed)}.values())
+        self._modules = [o.object for o in self._outer if isinstance(o.object, torch.nn.Module)]
+        self._state = self._read_state()
+
+    def holds(self) -> bool:
+        """Say whether all of it is as it was."""
+        return all(map(_unchanged, self._outer)) and self._read_state() == self._state
+
+    def changed_numbers(self) -> frozenset[tuple[Any, ...]]:
+        """Return the keys of numbers that are no longer what they were."""
+        return frozenset(
+            outer.key
+            for outer in self._outer
+            if isinstance(outer.object, bool | int | float | str | None) and not _unchanged(outer)
+        )
+
+    def _read_state(self) -> list[Any]:
+        state: list[Any] = []
+        for module in self._modules:
+            for part in module.modules():
+                state.append(part.training)
+                state.extend(map(id, part._parameters.values()))
+                state.append(len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks))
+        return state
+
+
+_COMPARED = (int, float, str, MethodType)
+
+
+def _unchanged(outer: Outer) -> bool:
+    try:
+        now = outer.read()
+    except (AttributeError, KeyError, ValueError):
+        return False
+    return now is outer.object or (type(now) is type(outer.object) in _COMPARED and now == outer.object)
+
+
+def _watched() -> bool:
+    """Say whether something wants to see each operation, or changes what it does: then calls run as plain Python."""
+    return bool(
+        torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_any_autocast_enabled()
+        or torch.is_inference_mode_enabled()
+        or torch.compiler.is_compiling()
+    )
+
+
+@overload
+def subgraph(function: Callable[..., Any], *, strict: bool = ...) -> SubGraphFunction: ...
+@overload
+def subgraph(function: None = ..., *, strict: bool = ...) -> Callable[[Callable[..., Any]], SubGraphFunction]: ...
+def subgraph(function: Callable[..., Any] | None = None, *, strict: bool = False) -> Any:
+    """Run a plain recursive function as a recursive SubGraph, batched over all its invocations.
+
+    A function that cannot be converted runs as plain Python, and `refusal` of the result says why; with `strict=True`
+    its first call raises `NotConvertibleError` instead.
+    """
+    if function is None:
+        return functools.partial(SubGraphFunction, strict=strict)
+    return SubGraphFunction(function, strict=strict)

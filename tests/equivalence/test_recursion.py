@@ -1,0 +1,160 @@
+"""Recursive functions, decorated, against the same functions undecorated: results, gradients, and what is kept."""
+
+import functools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import twofold
+from twofold.run.recursion import execute, schedule, sums
+
+from .recursive_programs import LABELS, PROGRAMS, WORDS, Recursion, Tree
+
+
+@pytest.fixture(scope="module", autouse=True)
+def double_precision() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def trees() -> st.SearchStrategy[Tree]:
+    numbers = (st.integers(0, WORDS - 1), st.integers(0, LABELS - 1), st.floats(0.5, 1.5))
+    return st.recursive(
+        st.builds(Tree, *numbers, st.just([])),
+        lambda inner: st.builds(Tree, *numbers, st.lists(inner, min_size=1, max_size=3)),
+        max_leaves=12,
+    )
+
+
+def step(recursion: Recursion, batch: list[Tree]) -> tuple[Any, list[torch.Tensor]]:
+    """Return the loss of a batch and the gradients of all parameters."""
+    for parameter in recursion.parameters:
+        parameter.grad = None
+    loss = sum(recursion.call(tree) for tree in batch)
+    loss.backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in recursion.parameters]
+    return loss.detach(), gradients
+
+
+def assert_equal(got: Any, expected: Any) -> None:
+    for mine, eager in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(mine, eager, rtol=1e-9, atol=1e-9)
+
+
+@functools.cache
+def built(name: str, decorated: bool) -> Recursion:
+    decorate = functools.partial(twofold.subgraph, strict=True) if decorated else lambda function: function
+    return PROGRAMS[name](decorate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+@given(batch=st.lists(trees(), min_size=1, max_size=4))
+@settings(max_examples=15, deadline=None)
+def test_equals_plain_python(name: str, batch: list[Tree]) -> None:
+    assert_equal(step(built(name, True), batch), step(built(name, False), batch))
+
+
+def random_tree(numbers: random.Random, depth: int = 3) -> Tree:
+    children = [random_tree(numbers, depth - 1) for _ in range(numbers.randrange(4) if depth else 0)]
+    return Tree(numbers.randrange(WORDS), numbers.randrange(LABELS), numbers.uniform(0.5, 1.5), children)
+
+
+def differs(name: str, shared: bool = False) -> bool:
+    """Say whether the oracle finds a decorated function, freshly made, to differ from the plain one."""
+    plain = PROGRAMS[name](lambda function: function)
+    decorated = PROGRAMS[name](functools.partial(twofold.subgraph, strict=True))
+    numbers = random.Random(1)
+    for _ in range(3):
+        batch = [random_tree(numbers) for _ in range(3)]
+        if shared:
+            batch = [Tree(1, 1, 1.0, [batch[0], batch[0], batch[0], batch[1]])]
+        try:
+            assert_equal(step(decorated, batch), step(plain, batch))
+        except AssertionError:
+            return True
+    return False
+
+
+def test_the_oracle_is_content_without_a_fault() -> None:
+    assert not differs("binary_tree_lstm")
+    assert not differs("memoised", shared=True)
+
+
+def children_exchanged(monkeypatch: pytest.MonkeyPatch) -> str:
+    original = schedule._children
+
+    def exchanged(made: schedule.Schedule) -> None:
+        original(made)
+        for group in made.groups:
+            group.child_rows = group.child_rows[::-1]
+
+    monkeypatch.setattr(schedule, "_children", exchanged)
+    return "binary_tree_lstm"
+
+
+def gradients_overwritten(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(schedule.Schedule, "taken_once", lambda self, function: True)
+    return "memoised"
+
+
+def terms_of_other_trees(monkeypatch: pytest.MonkeyPatch) -> str:
+    def wrong(self: sums.Sums, tasks: list[int]) -> None:
+        self._count = len(tasks)
+        self._root = np.zeros(len(self._schedule.row), dtype=np.int64)
+
+    monkeypatch.setattr(sums.Sums, "_find_roots", wrong)
+    return "binary_tree_lstm"
+
+
+def rows_of_the_wrong_level(monkeypatch: pytest.MonkeyPatch) -> str:
+    original = execute.Run._keep
+
+    def kept(self: execute.Run, run: Any, name: str, segment: Any, held: Any) -> None:
+        original(self, run, name, segment, held.flip(0) if held.dim() > 1 and "sigmoid" in name else held)
+
+    monkeypatch.setattr(execute.Run, "_keep", kept)
+    return "binary_tree_lstm"
+
+
+def a_level_left_out_of_a_sum(monkeypatch: pytest.MonkeyPatch) -> str:
+    original = execute.Run._joined
+
+    def joined(self: execute.Run, run: Any, crossing: Any) -> Any:
+        held = original(self, run, crossing)
+        parts = run.by_level.get(crossing.name)
+        return parts[0] if parts and crossing.dimension is None and parts[0] is not None else held
+
+    monkeypatch.setattr(execute.Run, "_joined", joined)
+    return "method"
+
+
+FAULTS = [
+    children_exchanged,
+    gradients_overwritten,
+    terms_of_other_trees,
+    rows_of_the_wrong_level,
+    a_level_left_out_of_a_sum,
+]
+
+
+@pytest.mark.parametrize("plant", FAULTS)
+def test_the_oracle_catches_a_planted_fault(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = plant(monkeypatch)
+    assert differs(name, shared=name == "memoised")
+
+
+def test_blocks_are_batched_and_not_run_one_by_one() -> None:
+    for name in PROGRAMS:
+        recursion = built(name, True)
+        for seed in range(3):
+            shared = random_tree(random.Random(seed))
+            step(recursion, [Tree(1, 1, 1.0, [shared, shared])])
+        assert recursion.encode.unbatched == {}

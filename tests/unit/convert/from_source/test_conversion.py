@@ -1,0 +1,204 @@
+"""Conversion of recursive functions: source in, SubGraph out as text; what is refused, and how."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import twofold
+from twofold.convert.from_source import Recursive, convert, make_block, planner_source, slice_graph
+from twofold.graph import parse, show
+
+layer = nn.Linear(3, 3)
+weights = torch.ones(5, 3)
+
+
+def text_of(function: Any) -> str:
+    """Return the text of a function's graph without origins."""
+    return re.sub(r"  # .*", "", show(convert(function).graph))
+
+
+def encode(node: Any) -> Any:
+    if node.left is None:
+        return weights[node.word]
+    return layer(encode(node.left)) + encode(node.right)
+
+
+def total(node: Any) -> Any:
+    state = weights[node.word]
+    for child in node.children:
+        state = state + total(child)
+    return state
+
+
+encode = Recursive(encode)
+total = Recursive(total)
+
+
+def test_a_choice_and_two_invocations() -> None:
+    apply = "twofold.convert.from_source.targets:apply"
+    assert text_of(encode) == (
+        "graph recursion(%weights: object, %layer: object):\n"
+        "  return\n\n"
+        "subgraph encode(%node: object):\n"
+        '  %0: object = get_attr(%node, "left")\n'
+        "  %1: object = call operator.is_(%0, None)\n"
+        "  %10: object = if(%1):\n"
+        "    then():\n"
+        '      %2: object = get_attr(%node, "word")\n'
+        "      %3: object = get_item(%weights, %2)\n"
+        "      return %3\n"
+        "    else():\n"
+        '      %4: object = get_attr(%node, "left")\n'
+        "      %5: object = invoke encode(%4)\n"
+        f"      %6: object = call {apply}(%layer, %5)\n"
+        '      %7: object = get_attr(%node, "right")\n'
+        "      %8: object = invoke encode(%7)\n"
+        "      %9: object = call operator.add(%6, %8)\n"
+        "      return %9\n"
+        "  return %10\n"
+    )
+
+
+def test_a_loop_carries_what_it_assigns() -> None:
+    text = text_of(total)
+    assert "= loop(%4, %1):\n    body(%5: object, %6: object):\n" in text
+    assert (
+        "      %8: object = invoke total(%7)\n      %9: object = call operator.add(%6, %8)\n      return %9\n" in text
+    )
+
+
+def test_the_text_parses_back() -> None:
+    for function in (encode, total):
+        text = show(convert(function).graph)
+        assert show(parse(text)) == text
+
+
+def test_every_node_has_its_line() -> None:
+    text = show(convert(encode).graph)
+    lines = [line for line in text.splitlines() if " = " in line]
+    assert lines
+    assert all(re.search(r"# .*test_conversion\.py:\d+ in encode$", line) for line in lines)
+
+
+def test_the_planner_has_the_host_slice_alone() -> None:
+    converted = convert(encode)
+    slices = slice_graph(converted, frozenset())
+    text = planner_source(converted, slices, "encode", lambda decisions: decisions, {}).text
+    generator = text[text.index("def plan_encode") :]
+    assert generator == (
+        "def plan_encode(v1):\n"
+        "    v2 = v1.left\n"
+        "    v3 = v2 is None\n"
+        "    if v3:\n"
+        "        v4 = v1.word\n"
+        "        yield emit(c2, (), (v4, ), ())\n"
+        "    else:\n"
+        "        v5 = v1.left\n"
+        "        i6 = yield plan_encode(v5)\n"
+        "        v7 = v1.right\n"
+        "        i8 = yield plan_encode(v7)\n"
+        "        yield emit(c3, (i6, i8, ), (), ())\n"
+    )
+
+
+def test_a_block_is_the_tensor_slice_of_one_way() -> None:
+    converted = convert(total)
+    block = make_block(converted, slice_graph(converted, frozenset()), "total", (2,))
+    assert [(operand.invocation, operand.result) for operand in block.operands] == [(0, 0), (1, 0)]
+    assert re.sub(r"  # .*", "", show(block.body)).splitlines()[1:] == [
+        "  %2: object = get_item(<Tensor f32[5, 3]>, %1)",
+        "  %4: object = call operator.add(%2, %3)",
+        "  %6: object = call operator.add(%4, %5)",
+        "  return %6",
+    ]
+
+
+def on_a_value(node: Any) -> Any:
+    h = layer(weights[:1])
+    if h.sum() > 0:
+        return h
+    return on_a_value(node.left)
+
+
+def with_a_tensor_argument(node: Any, h: Any) -> Any:
+    return with_a_tensor_argument(node.left, layer(h * weights[0]))
+
+
+def returning_from_a_loop(node: Any) -> Any:
+    for child in node.children:
+        return returning_from_a_loop(child)
+    return weights[0]
+
+
+def trying(node: Any) -> Any:
+    try:
+        return trying(node.left)
+    except ValueError:
+        return weights[0]
+
+
+def generating(node: Any) -> Any:
+    yield weights[0]
+
+
+def drawing(node: Any) -> Any:
+    return torch.dropout(drawing(node.left), 0.5, True)
+
+
+def printing(node: Any) -> Any:
+    print(weights[0] + printing(node.left))
+    return weights[0]
+
+
+def uneven(node: Any) -> Any:
+    if node.left is None:
+        return weights[0], 1
+    return weights[0], 1, 2
+
+
+def writing(node: Any) -> Any:
+    weights.add_(1.0)
+    return writing(node.left)
+
+
+@pytest.mark.parametrize(
+    ("function", "code", "line"),
+    [
+        (on_a_value, "tensor_fetch", "if h.sum() > 0:"),
+        (with_a_tensor_argument, "tensor_argument", "return with_a_tensor_argument(node.left, layer(h * weights[0]))"),
+        (returning_from_a_loop, "return_in_loop", "for child in node.children:"),
+        (trying, "unsupported_syntax", "try:"),
+        (generating, "unsupported_syntax", "yield weights[0]"),
+        (drawing, "random", "return torch.dropout(drawing(node.left), 0.5, True)"),
+        (printing, "unsupported_call", "print(weights[0] + printing(node.left))"),
+        (uneven, "inconsistent_results", "def uneven(node: Any) -> Any:"),
+        (writing, "unsupported_call", "weights.add_(1.0)"),
+    ],
+)
+def test_what_is_refused_names_the_line_and_what_to_write(
+    function: Any, code: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decorated = twofold.subgraph(function, strict=True)
+    monkeypatch.setitem(function.__globals__, function.__name__, decorated)
+    with pytest.raises(twofold.NotConvertibleError) as raised:
+        decorated(None, *[None] * (function.__code__.co_argcount - 1))
+    refusal = decorated.refusal
+    assert refusal is not None
+    assert (refusal.code, refusal.line.strip()) == (code, line)
+    assert refusal.hint in str(raised.value)
+
+
+def test_a_refused_function_runs_as_plain_python() -> None:
+    @twofold.subgraph
+    def depth(node: Any) -> Any:
+        try:
+            return depth(node[0]) + 1
+        except IndexError:
+            return torch.zeros(())
+
+    assert depth([[[]]]).item() == 2
+    assert depth.refusal is not None
+    assert depth.refusal.code == "unsupported_syntax"
