@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import twofold
 from tests.unit.graph.test_autodiff_properties import changed, confuse_invocations
 from twofold import DeclarationError, DeclaredSubGraph, if_, show, while_
-from twofold.declare import declared
 from twofold.graph import Graph, TensorSpec, equivalent, parse
 from twofold.graph.autodiff import Derivative, differentiate
 from twofold.graph.autodiff_calls import DifferentiationError
@@ -150,7 +149,7 @@ def test_the_oracle_sees_residuals_of_the_wrong_invocation(monkeypatch: pytest.M
         derivative = differentiate(graph, inputs)
         return replace(derivative, backward=changed(derivative.backward, confuse_invocations))
 
-    monkeypatch.setattr(declared, "differentiate", faulty)
+    monkeypatch.setattr("twofold.declare.declared.differentiate", faulty)
     torch.manual_seed(0)
     network = TreeLSTM(words=5, hidden=4)
     encode = network.declare(4)
