@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
+from tests.differential import assert_same, function
 from tests.hazards.programs import MODES, Mode, Parts, accounted, runs_as_graph, same, training
 
 
@@ -57,6 +58,25 @@ def test_learning_rate_is_a_tensor(name: str, mode: Mode) -> None:
 
     factory = training(plain, optimizer=lambda m: kinds[name](m.parameters(), lr=torch.tensor(0.1)), between=between)
     accounted(factory, 10, mode)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_learning_rate_follows_the_loss_of_the_same_unit(kind: Any) -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> float:
+            parts.optimizer.zero_grad()
+            loss = parts.loss(x, y)
+            value = loss.item()
+            parts.optimizer.param_groups[0]["lr"] = 0.01 * value
+            loss.backward()
+            parts.optimizer.step()
+            return value
+
+        return step
+
+    configuration = function(numerics="fused", backend="replay", background=False)
+    report = assert_same(training(make, optimizer=lambda m: kind(m.parameters(), lr=0.1)), 12, configuration)
+    assert report["graph_iterations"] >= 8
 
 
 @pytest.mark.parametrize("mode", MODES)

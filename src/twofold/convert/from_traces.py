@@ -191,7 +191,7 @@ class _Builder:
         finals += [value for plan in backwards.values() for value in plan.gradients if value is not None]
         graph = self._finish_graph(finals)
         views = view_nodes(graph.nodes)
-        on_device = any(spec.device.type == "cuda" for spec in trace.specs)
+        on_device = self._is_on_accelerator()
         cuts = cut(graph, views, set(self._used_finals(finals)), self._late_feeds() if on_device else None)
         for layout, position in zip(list(backwards), cuts.positions[len(self.fetches) :], strict=True):
             backwards[layout] = replace(backwards[layout], segment=position)
@@ -421,6 +421,9 @@ class _Builder:
                 exit_value = self._value(gradient.exit)
             plans.append(GradientPlan(gradient.leaf, gradient.entry is not None, entry, exit_value, keeps))
         return tuple(plans)
+
+    def _is_on_accelerator(self) -> bool:
+        return any(spec.device.type == "cuda" for spec in self.trace.specs)
 
     def _late_feeds(self) -> list[set[Value]]:
         """Return, for each fetch, the feeds that Python first uses after it."""

@@ -1,0 +1,132 @@
+"""A device that goes on ahead of Python after a fetch: nobody can tell, whichever way Python goes then.
+
+On a CPU nothing is launched ahead; here it is made to be, so that every way of being wrong is tried without a device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.differential import assert_same, function
+from tests.hazards.programs import Parts, training
+from twofold.convert import from_traces
+from twofold.run import graph_runner
+from twofold.run.graph_runner import GraphRunner
+from twofold.run.python_runner import TRUSTED_AFTER
+
+
+class Event:
+    """Of a device that is always ready."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Have programs on the CPU launched ahead; return the segments that were."""
+    launched: list[int] = []
+    original = GraphRunner.launch_ahead
+
+    def launch_ahead(self: GraphRunner) -> None:
+        before = self.launched
+        original(self)
+        launched.extend(range(before, self.launched))
+
+    monkeypatch.setattr(from_traces._Builder, "_is_on_accelerator", lambda _: True)
+    monkeypatch.setattr(graph_runner, "_is_small_and_remote", lambda _: True)
+    monkeypatch.setattr(graph_runner, "_host_memory", lambda value: torch.empty(value.spec.shape))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(GraphRunner, "launch_ahead", launch_ahead)
+    return launched
+
+
+def make(react: Callable[[Parts, int, float], None]) -> Callable[[Parts], Callable[..., Any]]:
+    """A step that reads a number after its first layer, where `react` is the user's code, and goes on."""
+
+    def make_step(parts: Parts) -> Callable[..., Any]:
+        norms = parts.seen.setdefault("norms", [])
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            parts.optimizer.zero_grad()
+            hidden = parts.model[0](x)
+            norms.append(float(hidden.detach().norm()))
+            react(parts, number, norms[-1])
+            hidden = parts.model[1](hidden)
+            norms.append(hidden.detach().sum().item())
+            loss = (parts.model[2](hidden) - y).square().mean()
+            loss.backward()
+            parts.optimizer.step()
+            return loss.detach()
+
+        return step
+
+    return make_step
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh()), nn.Linear(8, 3))
+
+
+EXACT = function(numerics="exact", backend="replay", background=False)
+STEPS = 6 + 3 * TRUSTED_AFTER
+
+
+def test_a_steady_way(ahead: list[int]) -> None:
+    report = assert_same(training(make(lambda *_: None), model=net), STEPS, EXACT)
+    assert report["graph_iterations"] >= STEPS - 4
+    assert ahead
+
+
+def raise_sometimes(parts: Parts, number: int, norm: float) -> None:
+    if number == STEPS - 3:
+        raise ValueError("the program's own")
+
+
+def draw_sometimes(parts: Parts, number: int, norm: float) -> None:
+    if number % 5 == 4:
+        parts.seen["drawn"] = torch.rand(2).tolist()
+
+
+def change_a_parameter(parts: Parts, number: int, norm: float) -> None:
+    if number % 5 == 4:
+        with torch.no_grad():
+            parts.model[2].weight.mul_(0.5)
+
+
+def change_a_buffer(parts: Parts, number: int, norm: float) -> None:
+    if number % 4 == 3:
+        parts.model[1][0].running_mean.zero_()
+
+
+def freeze(parts: Parts, number: int, norm: float) -> None:
+    parts.model[1][1].p = 0.1 if number % 6 == 5 else 0.3
+
+
+def look(parts: Parts, number: int, norm: float) -> None:
+    if number % 4 == 3:
+        parts.seen["mean"] = parts.model[1][0].running_mean.tolist()
+        parts.seen["state"] = torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("react", [draw_sometimes, change_a_parameter, change_a_buffer, freeze, look])
+def test_a_surprise_after_a_steady_way(react: Callable[[Parts, int, float], None], ahead: list[int]) -> None:
+    assert_same(training(make(react), model=net), 2 * STEPS, EXACT)
+    assert ahead
+
+
+def test_an_exception_after_a_steady_way(ahead: list[int]) -> None:
+    assert_same(training(make(raise_sometimes), model=net), STEPS, EXACT)
+    assert ahead
+
+
+def test_the_harness_sees_a_discard_that_forgets_what_was_launched_ahead(
+    ahead: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GraphRunner, "_save", lambda *_: None)
+    with pytest.raises(AssertionError):
+        assert_same(training(make(change_a_parameter), model=net), 2 * STEPS, EXACT)
