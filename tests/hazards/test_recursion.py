@@ -1,6 +1,7 @@
 """What could go wrong unseen where calls of recursive functions are deferred: each case against plain Python."""
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tests.equivalence.recursive_programs import (
     child_sum,
     memoised,
 )
+from tests.hazards.programs import runs_as_graph, training
 
 
 def strict(function: Any) -> Any:
@@ -424,3 +426,16 @@ def test_calls_in_another_thread_are_plain() -> None:
     thread.join()
     assert type(found[0]) is torch.Tensor
     torch.testing.assert_close(found[0], waiting)
+
+
+def test_units_run_as_graphs_beside_recursion() -> None:
+    """What waits is computed before optimizers step, by no hook that would count as the program's own."""
+    factory = training(lambda parts: lambda number, x, y: parts.train(x, y))
+
+    @twofold.subgraph
+    def total(node: Any) -> torch.Tensor:
+        return torch.ones(1) if node is None else total(node.left) + total(node.right)
+
+    tree = SimpleNamespace(left=None, right=SimpleNamespace(left=None, right=None))
+    assert float(total(tree)) == 3
+    runs_as_graph(factory, at_least=4)

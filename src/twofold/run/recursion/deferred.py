@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
+from twofold.capture.intercept import call_before_steps
 from twofold.errors import TwofoldError
 
 SMALL = 1024
@@ -149,4 +149,4 @@ PENDING = Pending()
 @functools.cache
 def flush_before_steps() -> None:
     """Have everything that waits computed before any optimizer changes parameters."""
-    register_optimizer_step_pre_hook(lambda *_: PENDING.flush())
+    call_before_steps(PENDING.flush)
