@@ -110,7 +110,8 @@ class _World:
 
     def __init__(self, converted: Converted, slices: Slices) -> None:
         self._outer = list({outer.key: outer for outer in (*converted.assumed, *slices.assumed)}.values())
-        self._modules = [o.object for o in self._outer if isinstance(o.object, torch.nn.Module)]
+        modules = [o.object for o in self._outer if isinstance(o.object, torch.nn.Module)]
+        self._modules = [part for module in modules for part in module.modules()]
         self._state = self._read_state()
 
     def holds(self) -> bool:
@@ -126,12 +127,13 @@ class _World:
         )
 
     def _read_state(self) -> list[Any]:
+        """Read what all modules are like. Each names its own, so that one put in another's place is noticed."""
         state: list[Any] = []
-        for module in self._modules:
-            for part in module.modules():
-                state.append(part.training)
-                state.extend(map(id, part._parameters.values()))
-                state.append(len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks))
+        for part in self._modules:
+            state.append(part.training)
+            state.extend(map(id, part._parameters.values()))
+            state.extend(map(id, part._modules.values()))
+            state.append(len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks))
         return state
 
 

@@ -151,6 +151,33 @@ def test_the_oracle_catches_a_planted_fault(plant: Any, monkeypatch: pytest.Monk
     assert differs(name, shared=name == "memoised")
 
 
+def after_no_grad(recursion: Recursion, batch: list[Tree]) -> None:
+    with torch.no_grad():
+        for tree in batch:
+            float(recursion.call(tree))
+
+
+def after_freezing(recursion: Recursion, batch: list[Tree]) -> None:
+    for parameter in recursion.parameters:
+        parameter.requires_grad_(False)
+    for tree in batch:
+        float(recursion.call(tree))
+    for parameter in recursion.parameters:
+        parameter.requires_grad_()
+
+
+@pytest.mark.parametrize("name", ["binary_tree_lstm", "child_sum", "mutual"])
+@pytest.mark.parametrize("before", [after_no_grad, after_freezing])
+def test_what_ran_without_gradients_takes_none_from_later_calls(name: str, before: Any) -> None:
+    plain = PROGRAMS[name](lambda function: function)
+    decorated = PROGRAMS[name](functools.partial(twofold.subgraph, strict=True))
+    numbers = random.Random(2)
+    batch = [random_tree(numbers) for _ in range(3)]
+    before(decorated, batch)
+    for _ in range(2):
+        assert_equal(step(decorated, batch), step(plain, batch))
+
+
 def test_blocks_are_batched_and_not_run_one_by_one() -> None:
     for name in PROGRAMS:
         recursion = built(name, True)

@@ -220,10 +220,8 @@ def one_by_one(piles: list[Pile], count: int, requests: list[Request], samples: 
         ]
         outputs.append(block.run(operands, hosts))
         for result, output in zip(block.block.results, outputs[-1], strict=False):
-            table = block.function, result
-            before = samples.get(table)
-            if isinstance(output, Tensor) and (before is None or (output.requires_grad and not before.differentiable)):
-                samples[table] = Sample.of(output)
+            if isinstance(output, Tensor):
+                samples.setdefault((block.function, result), Sample.of(output))
     return [_own(outputs[request.task][request.output]) for request in requests]
 
 

@@ -68,7 +68,11 @@ class Deferred(torch.Tensor):
 
 def defer() -> Deferred:
     """Make a deferred tensor."""
-    return torch.Tensor._make_subclass(Deferred, torch.empty(0))
+    return torch.Tensor._make_subclass(Deferred, _EMPTY)
+
+
+_EMPTY = torch.empty(0)
+"""What all deferred tensors hold until they are filled in; none shows it."""
 
 
 def fill(deferred: Deferred, value: Tensor) -> None:

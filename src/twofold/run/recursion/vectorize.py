@@ -65,8 +65,13 @@ class Sample(NamedTuple):
         return cls(tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
 
     def given(self, differentiate: bool) -> Sample:
-        """Return it as an input, to which gradients flow if they can and are asked for."""
-        return self._replace(differentiable=differentiate and self.differentiable)
+        """Return it as an operand, to which gradients flow if asked for and its dtype can carry them.
+
+        Whether the sampled tensor required a gradient does not count: it may have come from a call under `no_grad`,
+        from another block, or from a time when parameters were frozen.
+        """
+        carries = self.dtype.is_floating_point or self.dtype.is_complex
+        return self._replace(differentiable=differentiate and carries)
 
     def rows(self, count: int) -> Tensor:
         """Make values for `count` invocations."""
