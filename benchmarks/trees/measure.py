@@ -17,6 +17,8 @@ ROUND_SECONDS = 0.3
 # Trees a round: at least one batch, and of small batches no more than plain recursion takes seconds for.
 TREES_IN_POOL = 200
 BATCHES_IN_POOL = 50
+GRADIENT_TOLERANCE = 0.02
+"""Of a gradient's norm; products on a GPU may round to 10 bits (TF32)."""
 FIRST_BATCH = 25
 
 Result = dict[str, Any]
@@ -75,6 +77,7 @@ def _open_all(measurement: Measurement, stack: ExitStack, described: dict[str, R
         try:
             contender = stack.enter_context(open_contender(name, model, trees, measurement.dynet_python))
             first = {kind: contender.seconds(kind, pool[:1]) for kind in KINDS}
+            _check_gradients(contender, warm, pool[0])
         except Skipped as reason:
             described[name] = {"skipped": str(reason)}
         except Exception as error:  # noqa: BLE001 whatever a contender raises is its row
@@ -84,6 +87,15 @@ def _open_all(measurement: Measurement, stack: ExitStack, described: dict[str, R
             contenders[name] = contender
         print(f"  {name}: {described[name]}", file=sys.stderr, flush=True)
     return contenders
+
+
+def _check_gradients(contender: Contender, plain: Contender, batch: range) -> None:
+    """Both have taken the same steps. A contender that leaves out gradients must not be timed."""
+    found, expected = contender.gradients(batch)[1], plain.gradients(batch)[1]
+    for name, gradient in expected.items():
+        error = float((found[name].to(gradient) - gradient).norm() / gradient.norm())
+        if not error < GRADIENT_TOLERANCE:
+            raise ValueError(f"the gradient of {name} is {error:.0%} off plain recursion's")
 
 
 def _batches(size: int, trees: int) -> list[range]:
