@@ -47,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.setrecursionlimit(10_000)  # plain recursion over a chain of 511 leaves
     document: dict[str, Any] = {"environment": describe_environment(), "options": vars(options).copy(), "corpora": {}}
     # Where the trees lie is the user's affair; the name of the corpus is in the results.
-    del document["options"]["sst"], document["options"]["dynet_python"], document["environment"]["arguments"]
+    del (
+        document["options"]["sst"],
+        document["options"]["json"],
+        document["options"]["dynet_python"],
+        document["environment"]["arguments"],
+    )
     try:
         corpora = _shaped_corpora() if options.shapes else [_corpus(options.sst)]
         measurements = {corpus.name: _measurement(corpus, options) for corpus in corpora}
