@@ -116,12 +116,16 @@ class Run:
             taken = [self._whole(run, crossing) for crossing in code.taken]
             run.whole.update(zip(code.given, code.run(run.rows, *taken), strict=True))
 
-    def _forward_level(self, run: GroupRun, segment: Segment) -> None:
-        code = run.staged.stages[Stage.LEVEL]
+    def _level(self, run: GroupRun, segment: Segment, stage: Stage) -> None:
+        """Run a stage for the invocations of one level."""
+        code = run.staged.stages[stage]
         if code.given:
             taken = [self._part(run, crossing, segment) for crossing in code.taken]
             for name, held in zip(code.given, code.run(segment.rows, *taken), strict=True):
                 self._keep(run, name, segment, held)
+
+    def _forward_level(self, run: GroupRun, segment: Segment) -> None:
+        self._level(run, segment, Stage.LEVEL)
         for output, table in run.staged.written:
             held = self._part(run, run.staged.crossings[run.staged.outputs[output]], segment)
             self._rows(run, table, self._tables, held)[segment.number].copy_(held)
@@ -301,11 +305,7 @@ class Run:
         return torch.zeros_like(self._whole(run, run.staged.crossings[run.staged.outputs[output]]))
 
     def _backward_level(self, run: GroupRun, segment: Segment) -> None:
-        code = run.staged.stages[Stage.BACK]
-        if code.given:
-            taken = [self._part(run, crossing, segment) for crossing in code.taken]
-            for name, held in zip(code.given, code.run(segment.rows, *taken), strict=True):
-                self._keep(run, name, segment, held)
+        self._level(run, segment, Stage.BACK)
         for crossing, place, table in run.owed:
             owed = self._part(run, crossing, segment)
             children = self._schedule.children(run.group, (place,))[segment.number]
