@@ -1,8 +1,8 @@
 """Where a measurement was made: a number without its machine and versions is not a result."""
 
+import argparse
 import os
 import platform
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,13 @@ def describe_environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "arguments": sys.argv[1:],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def describe_options(options: argparse.Namespace, *private: str) -> dict[str, Any]:
+    """Return a command's options for its results, without where they are written and what is `private`."""
+    return {name: value for name, value in vars(options).items() if name not in ("json", *private)}
 
 
 def _cpu_model() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import describe_environment, synchronize
+from benchmarks.environment import describe_environment, describe_options, synchronize
 from benchmarks.programs import NAMES, PROGRAMS
 
 SETTLED_AFTER = 100
@@ -57,8 +57,7 @@ def main() -> None:
         print(f"{kind:<18}{before / 2**20:10.1f} MiB {size / 2**20:10.1f} MiB {growth:+9.2f} MiB")
     if options.json:
         results = {"settled_bytes": settled, "end_bytes": end}
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
-        document = {"environment": describe_environment(), "options": settings, "results": results}
+        document = {"environment": describe_environment(), "options": describe_options(options), "results": results}
         Path(options.json).write_text(json.dumps(document, indent=1))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import describe_environment, describe_options
 
 WIDTH = 8
 WARM_UP_UNITS = 10
@@ -88,8 +88,7 @@ def main() -> None:
             f"graphs {row['graph_units']} of {row['units']} units"
         )
     if options.json:
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
-        document = {"environment": describe_environment(), "options": settings, "results": results}
+        document = {"environment": describe_environment(), "options": describe_options(options), "results": results}
         Path(options.json).write_text(json.dumps(document, indent=1))
 
 

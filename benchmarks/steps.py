@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Contender, contender_names, make_contender, seed_everything
-from benchmarks.environment import describe_environment, synchronize
+from benchmarks.environment import describe_environment, describe_options, synchronize
 from benchmarks.programs import NAMES
 
 FIRST_STEPS = 10
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = measure_program(options.programs[0], options)
         Path(options.json).write_text(json.dumps(results))
         return
-    document = {"environment": describe_environment(), "options": vars(options).copy(), "programs": {}}
+    document = {"environment": describe_environment(), "options": describe_options(options), "programs": {}}
     for name in options.programs or NAMES:
         document["programs"][name] = _measure_in_child(name, options)
         print(format_table(name, document["programs"][name]), flush=True)

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.contenders import SEED
-from benchmarks.environment import describe_environment
+from benchmarks.environment import describe_environment, describe_options
 from benchmarks.programs.tree_lstm import TreeLSTM
 from benchmarks.trees.contenders import NAMES
 from benchmarks.trees.data import (
@@ -45,14 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device == "cuda":  # for all contenders, as in benchmarks.steps
         torch.set_float32_matmul_precision("high")
     sys.setrecursionlimit(10_000)  # plain recursion over a chain of 511 leaves
-    document: dict[str, Any] = {"environment": describe_environment(), "options": vars(options).copy(), "corpora": {}}
     # Where the trees lie is the user's affair; the name of the corpus is in the results.
-    del (
-        document["options"]["sst"],
-        document["options"]["json"],
-        document["options"]["dynet_python"],
-        document["environment"]["arguments"],
-    )
+    settings = describe_options(options, "sst", "dynet_python")
+    document: dict[str, Any] = {"environment": describe_environment(), "options": settings, "corpora": {}}
     try:
         corpora = _shaped_corpora() if options.shapes else [_corpus(options.sst)]
         measurements = {corpus.name: _measurement(corpus, options) for corpus in corpora}
