@@ -14,7 +14,8 @@ from twofold.errors import TwofoldError
 from .autograd import differentiable_run
 from .blocks import RunnableBlock
 from .deferred import PENDING, Deferred, fill
-from .execute import GroupRun, Request, Run, Table
+from .execute import GroupRun, Request, Run
+from .factors import Table
 from .prepare import SumBroken, Tables, column, stage_group
 from .schedule import Group, Pile, make_schedule
 from .vectorize import Sample

@@ -56,7 +56,7 @@ class Group:
     segments: list[Segment] = field(default_factory=list[Segment])
     child_rows: Index = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
     """i64[invocations made, invocations]: the rows of the invocations that each one made."""
-    children: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict[tuple[int, ...], list[Tensor]])
+    children: dict[tuple[int, ...], Any] = field(default_factory=dict[tuple[int, ...], Any])
 
     @property
     def block(self) -> RunnableBlock:
@@ -91,19 +91,14 @@ class Schedule:
         """Return indices as a tensor on the device."""
         return upload(numbers, self.device)
 
-    def children(self, group: Group, places: tuple[int, ...]) -> list[Tensor]:
-        """Return, level by level, the rows of some of the invocations that a block's made: one after the other."""
+    def children(self, group: Group, places: tuple[int, ...]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the rows of some of the invocations that each of a block's made, in turn: of all, and by level."""
         known = group.children.get(places)
         if known is None:
-            rows = group.child_rows[list(places)]
-            parts = [rows[:, segment.start : segment.stop].reshape(-1) for segment in group.segments]
-            whole = self.index(np.concatenate(parts))
-            known = group.children[places] = list(whole.split([len(part) for part in parts]))
+            whole = self.index(np.ascontiguousarray(group.child_rows[list(places)].T).reshape(-1))
+            sizes = [segment.rows * len(places) for segment in group.segments]
+            known = group.children[places] = whole, whole.split_with_sizes(sizes)
         return known
-
-    def children_of_all(self, group: Group, place: int) -> Tensor:
-        """Return the rows of one of the invocations that each of a block's made."""
-        return self.index(np.ascontiguousarray(group.child_rows[place]))
 
     def taken_once(self, function: str) -> bool:
         """Say whether each result of a function goes to one place at most: an invocation, or out of the batch."""
