@@ -101,7 +101,7 @@ class Pending(threading.local):
         """Note an operation and return its result to be; None if it must not wait."""
         if self._flushing or self.planning or not (self._sources or self._noted):
             return None
-        if not kwargs and len(args) == 2 and all(type(arg) in (Deferred, int, float) for arg in args):
+        if not kwargs and len(args) == 2 and type(args[0]) in _PLAIN and type(args[1]) in _PLAIN:
             return self._noted_result(function, args, kwargs)
         taken: list[Any] = []
         for leaf in (leaves := pytree.tree_flatten((args, kwargs)))[0]:
@@ -130,22 +130,28 @@ class Pending(threading.local):
         try:
             for source in sources:
                 source.flush()
-            self._carry_out(noted)
+            with torch.set_grad_enabled(torch.is_grad_enabled()):
+                self._carry_out(noted)
         finally:
             self._flushing = False
 
     def _carry_out(self, noted: list[Noted]) -> None:
-        """Do what was noted, in order. What nobody holds any more, and no later operation takes, is left out."""
+        """Do what was noted, in order. What nobody holds any more, and no later operation takes, is left out.
+
+        The caller restores the grad mode.
+        """
         for operation in noted:
             result = operation.result()
             if result is None:
                 continue
-            with torch.set_grad_enabled(operation.grad):
-                value = operation.function(*operation.arguments, **operation.keywords)
+            if torch.is_grad_enabled() is not operation.grad:
+                torch.set_grad_enabled(operation.grad)
+            value = operation.function(*operation.arguments, **operation.keywords)
             if type(result) is Deferred:
                 fill(result, value)
 
 
+_PLAIN = (Deferred, int, float)
 _IN_PLACE = frozenset({Tensor.__iadd__, Tensor.add_})
 PENDING = Pending()
 

@@ -44,6 +44,8 @@ class GroupRun:
     tangents: dict[str, Table] = field(default_factory=dict[str, Table])
     """For each name of a tangent that comes from a table of gradients: which."""
     parts: dict[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
+    sizes: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    """How many rows there are at each level, by how many belong to an invocation."""
 
     @classmethod
     def of(cls, group: Group, staged: Staged, columns: Sequence[Tensor]) -> GroupRun:
@@ -70,8 +72,9 @@ class GroupRun:
 
     def split(self, whole: Tensor, dimension: int = 0, each: int = 1) -> Sequence[Tensor]:
         """Return the rows of each level, `each` of an invocation."""
-        sizes = [segment.rows * each for segment in self.group.segments]
-        return torch.split_with_sizes(whole, sizes, dimension)
+        if each not in self.sizes:
+            self.sizes[each] = [segment.rows * each for segment in self.group.segments]
+        return torch.split_with_sizes(whole, self.sizes[each], dimension)
 
     def views(self, table: Tensor) -> Sequence[Tensor]:
         """Return the rows of each level in a table."""
@@ -112,7 +115,9 @@ class Run:
     def _once(self, run: GroupRun, stage: Stage) -> None:
         """Run a stage for all invocations of a block."""
         code = run.staged.stages[stage]
-        if code.given:
+        for crossing in code.kept:
+            run.whole[crossing.name] = self._room_for_all(run, crossing)
+        if code.given or code.kept:
             taken = [self._whole(run, crossing) for _, crossing in code.arguments]
             run.whole.update(zip(code.given, code.run(run.rows, *taken), strict=True))
 
@@ -170,17 +175,20 @@ class Run:
             self._tables[table] = torch.empty(shape, dtype=crossing.dtype, device=crossing.device)
         return self._tables[table]
 
+    def _room_for_all(self, run: GroupRun, crossing: Crossing) -> Tensor:
+        """Return where a stage that runs once writes a result: rows of its table, if they are neighbours."""
+        table = self._room_in_table(run, crossing)
+        first, last = run.group.bounds
+        return table[first:last] if last - first == run.rows else torch.empty_like(table[: run.rows])
+
     def _fill_tables(self, run: GroupRun) -> None:
-        """Write those results to tables that do not depend on children."""
+        """Write those results to tables that do not depend on children, and are not there yet."""
         for name in run.tables:
             crossing = run.staged.crossings[name]
             table = self._room_in_table(run, crossing)
-            if crossing.source is Stage.LEVEL:
-                continue
             first, last = run.group.bounds
-            if last - first == run.rows:
-                table[first:last].copy_(self._whole(run, crossing))
-            else:
+            apart = last - first != run.rows
+            if crossing.source is not Stage.LEVEL and (apart or crossing not in run.staged.stages[Stage.BEFORE].kept):
                 table.index_copy_(0, self._schedule.index(run.group.rows), self._whole(run, crossing))
 
     # Values, for all rows of a block or level by level.
@@ -245,8 +253,8 @@ class Run:
             else:
                 whole = self._whole(run, run.staged.crossings[run.staged.outputs[output]])
                 held = whole.index_select(0, self._schedule.index(self._schedule.place[tasks]))
-            for number, row in zip(numbers, held.unbind(), strict=True):
-                found[number] = row.clone()
+            for number, row in zip(numbers, torch.unbind_copy(held), strict=True):
+                found[number] = row
         return found
 
     def _terms(self, table: Table) -> list[tuple[Group, Tensor]]:
@@ -287,7 +295,7 @@ class Run:
     def _take_tangents(self, gradients: Sequence[Tensor | None]) -> None:
         """Put the gradients of what left the batch where the stages take them from."""
         for run in self._groups:
-            for name in _backward_names(run.staged):
+            for name in run.staged.backward:
                 run.whole.pop(name, None)
                 run.parts.pop(name, None)
         self._gradients = {table: torch.zeros_like(held) for table, held in self._tables.items()}
@@ -323,12 +331,3 @@ class Run:
 
     def _no_gradient(self, run: GroupRun, output: int) -> Tensor:
         return torch.zeros_like(self._whole(run, run.staged.crossings[run.staged.outputs[output]]))
-
-
-def _backward_names(staged: Staged) -> set[str]:
-    """Return the names of values that only backward makes."""
-    names = {name for name in staged.tangents if name is not None}
-    for stage in (Stage.TURN, Stage.BACK, Stage.FINISH):
-        names.update(staged.stages[stage].given)
-        names.update(crossing.name for crossing in staged.stages[stage].kept)
-    return names

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,8 +58,8 @@ def is_view(node: fx.Node) -> bool:
 class Crossing:
     """A value that one stage takes from another: rows are along `dimension`, `each` for an invocation; or it has none.
 
-    `shape` is that of a row, `like` an empty tensor of its dtype and device. Without rows, what `BACK` makes is a sum over
-    them (a parameter's gradient), and anything else the same for all.
+    `shape` is what follows the rows. Without rows, what `BACK` makes is a sum over them (a parameter's gradient), and
+    anything else the same for all.
     """
 
     name: str
@@ -111,3 +112,10 @@ class Staged:
     """The tables through which invocations depend on one another level by level."""
     written: dict[int, Table]
     """Which outputs are written to which table."""
+
+    @cached_property
+    def backward(self) -> frozenset[str]:
+        """The names of values that only backward makes."""
+        codes = [self.stages[stage] for stage in (Stage.TURN, Stage.BACK, Stage.FINISH)]
+        made = [*(name for code in codes for name in code.given), *(kept.name for code in codes for kept in code.kept)]
+        return frozenset([*made, *(name for name in self.tangents if name is not None)])

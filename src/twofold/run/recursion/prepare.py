@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from .blocks import RunnableBlock
 from .factors import Table
 from .parts import Staged
-from .schedule import upload
+from .schedule import integers, upload
 from .stages import Cut, own_term
 from .vectorize import Joint, NotBatchableError, Sample, trace_joint
 
@@ -56,9 +56,9 @@ def column(values: Sequence[Any], device: torch.device) -> Tensor:
     if len(kinds) > 1 or not kinds <= {int, float, bool, list, tuple}:
         raise NotBatchableError(f"host values of types {', '.join(sorted(kind.__name__ for kind in kinds))}")
     try:
-        held = np.array(values)
-    except ValueError as error:
-        raise NotBatchableError(f"host values of several shapes: {error}") from None
+        held = integers(values) if kinds == {int} else np.array(values)
+    except (ValueError, OverflowError) as error:
+        raise NotBatchableError(f"host values of several shapes, or too large: {error}") from None
     if held.dtype.kind not in "bif":
         raise NotBatchableError(f"host values of dtype {held.dtype}")
     return upload(held, device)

@@ -8,9 +8,10 @@ neighbouring rows of a table of the function's results.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,16 +25,19 @@ Index = NDArray[np.int64]
 
 @dataclass(slots=True, eq=False)
 class Pile:
-    """The invocations of one block that wait: their numbers, the invocations they made, their host values."""
+    """The invocations of one block that wait: their numbers, the invocations they made, their host values.
+
+    `steering` are the block's `constant_hosts`.
+    """
 
     block: RunnableBlock
+    steering: tuple[int, ...]
     tasks: list[int] = field(default_factory=list[int])
     invocations: list[Sequence[int]] = field(default_factory=list[Sequence[int]])
     hosts: list[Sequence[Any]] = field(default_factory=list[Sequence[Any]])
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """The invocations of one block at one level: its rows `start` to `stop`, from row `table` of the tables."""
 
     group: int
@@ -113,7 +117,7 @@ class Schedule:
             outside = [
                 task for task in set(self.requested) if self.groups[self.group_of[task]].block.function == function
             ]
-            uses = np.concatenate([*parts, self.row[np.array(outside, dtype=np.int64)]])
+            uses = np.concatenate([*parts, self.row[integers(outside)]])
             known = self._once[function] = len(uses) == 0 or int(np.bincount(uses).max()) <= 1
         return known
 
@@ -122,24 +126,27 @@ def make_schedule(
     piles: Sequence[Pile], levels: Sequence[int], device: torch.device, requested: Sequence[int], shared: bool
 ) -> Schedule:
     """Put invocations in order. `levels` has the level of each, by its number."""
-    level = np.array(levels, dtype=np.int64)
+    level = integers(levels)
     functions = sorted({pile.block.function for pile in piles})
-    members = [np.array(pile.tasks, dtype=np.int64) for pile in piles]
-    group_of, function, place, row = (np.empty(len(level), dtype=np.int64) for _ in range(4))
-    for index, (pile, numbers) in enumerate(zip(piles, members, strict=True)):
+    group_of, function, position, place, row = (np.empty(len(level), dtype=np.int64) for _ in range(5))
+    for index, pile in enumerate(piles):
+        numbers = integers(pile.tasks)
         group_of[numbers] = index
         function[numbers] = functions.index(pile.block.function)
-    order = np.lexsort((group_of, level, function))
+        position[numbers] = np.arange(len(numbers))
+    key = (function * (int(level.max()) + 1) + level) * len(piles) + group_of
+    # Small numbers are sorted by radix, in a tenth of the time.
+    order = np.argsort(key.astype(np.min_scalar_type(int(key.max()))), kind="stable")
     counts = np.bincount(function, minlength=len(functions))
     row[order] = np.arange(len(level))
     row -= (np.cumsum(counts) - counts)[function]
     sizes = dict(zip(functions, counts.tolist(), strict=True))
     steps: list[list[Segment]] = [[] for _ in range(int(level.max()) + 1)]
     schedule = Schedule(device, [], steps, row, group_of, place, sizes, list(requested), shared)
-    for index, (pile, numbers) in enumerate(zip(piles, members, strict=True)):
-        by_level = np.argsort(level[numbers], kind="stable")
-        place[numbers[by_level]] = np.arange(len(numbers))
-        group = Group(pile, numbers[by_level], row[numbers[by_level]], by_level)
+    for index, pile in enumerate(piles):
+        numbers = order[group_of[order] == index]
+        place[numbers] = np.arange(len(numbers))
+        group = Group(pile, numbers, row[numbers], position[numbers])
         schedule.groups.append(group)
         _cut(schedule, index, group, level)
     _children(schedule)
@@ -149,19 +156,26 @@ def make_schedule(
 def _cut(schedule: Schedule, index: int, group: Group, level: Index) -> None:
     """Cut a block's invocations by level."""
     levels = level[group.tasks]
-    bounds = [0, *(np.flatnonzero(np.diff(levels)) + 1).tolist(), len(levels)]
+    bounds = [0, *(np.flatnonzero(levels[1:] != levels[:-1]) + 1).tolist(), len(levels)]
+    held, rows = levels[bounds[:-1]].tolist(), group.rows[bounds[:-1]].tolist()
     for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        segment = Segment(index, number, start, stop, int(group.rows[start]), stop - start)
+        segment = Segment(index, number, start, stop, rows[number], stop - start)
         group.segments.append(segment)
-        schedule.levels[int(levels[start])].append(segment)
+        schedule.levels[held[number]].append(segment)
 
 
 def _children(schedule: Schedule) -> None:
     """Look up the rows of the invocations that each one made."""
     for group in schedule.groups:
         if group.block.callees:
-            numbers = np.array(group.pile.invocations, dtype=np.int64)[group.order]
+            made = integers(itertools.chain.from_iterable(group.pile.invocations))
+            numbers = made.reshape(-1, len(group.block.callees))[group.order]
             group.child_rows = schedule.row[numbers].T
+
+
+def integers(numbers: Iterable[int]) -> Index:
+    """Make an array of Python integers, several times faster than NumPy does. Raises OverflowError."""
+    return np.frombuffer(array("q", numbers), dtype=np.int64)
 
 
 def upload(numbers: Index, device: torch.device) -> Tensor:

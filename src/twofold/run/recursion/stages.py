@@ -211,13 +211,11 @@ class Cut:
                 self._cross(node, None)
 
     def _cross(self, node: fx.Node, taker: Stage | None) -> None:
-        gathered = node in self.children and taker is Stage.LEVEL
-        if (
-            node.op == "get_attr"
-            or gathered
-            or node in self.crossings
-            or (taker is not None and self.stage.get(node) is taker)
-        ):
+        if node in self.children and taker is Stage.LEVEL:
+            self.gathered.add(node)
+            return
+        own = taker is not None and self.stage.get(node) is taker
+        if own or node.op == "get_attr" or node in self.crossings:
             return
         dimension, each = self.joint.rows.get(node, (None, 1))
         value = node.meta.get("val")
@@ -229,9 +227,11 @@ class Cut:
 
     def _write(self, stage: Stage) -> StageCode:
         made = [node for node in self.crossings if self.stage.get(node) is stage]
-        kept = [node for node in made if stage in BY_LEVEL and self.crossings[node].dimension == 0]
+        results = [node for index, node in enumerate(self.joint.wanted[0]) if index in self.written]
+        rows = made if stage in BY_LEVEL else results if stage is Stage.BEFORE else []
+        kept = [node for node in rows if self.stage.get(node) is stage and self.crossings[node].dimension == 0]
         if stage is Stage.LEVEL:
-            kept += [node for node in self.gathered if node in self.crossings]
+            kept += [node for node in self.children if node in self.gathered and node in self.crossings]
         writer = Writer(self.joint, self.stage, stage, self.children, kept)
         for node in self.joint.graph.nodes:
             if self.stage.get(node) is stage and (node in kept or not is_view(node)):

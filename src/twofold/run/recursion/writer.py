@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .factors import Link
 from .parts import Crossing, Role, Stage, StageCode, is_view
@@ -141,7 +141,8 @@ class Writer:
         if target is aten.t.default:
             return f"{arguments[0]}.t()"
         keywords = [f"{name}={self._text(argument)}" for name, argument in node.kwargs.items()]
-        return f"{self._object(target, _FAST.get(target, target))}({', '.join([*arguments, *keywords])})"
+        function = _FAST.get(target) or getattr(target, "_op", target)
+        return f"{self._object(target, function)}({', '.join([*arguments, *keywords])})"
 
     def _takes_one_chunk(self, split: fx.Node) -> bool:
         chunks = [chunk for chunk in split.users if any(self._stages.get(user) is self._stage for user in chunk.users)]
@@ -195,7 +196,17 @@ def _writes(node: fx.Node) -> bool:
     return node.target in _WRITING and not node.kwargs
 
 
+def _index(source: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+    """Do what `source[indices]` does; rows named by numbers that do not count from the end are copied at once."""
+    first = indices[0]
+    rows = len(indices) == 1 and first is not None and first.dim() == 1 and first.dtype is torch.int64
+    if rows and not source.is_cuda and len(first) and int(first.amin()) >= 0:
+        return source.index_select(0, first)
+    return aten.index.Tensor(source, indices)
+
+
 _FAST: dict[Any, Any] = {
+    aten.index.Tensor: _index,
     aten.mul.Tensor: torch.mul,
     aten.add.Tensor: torch.add,
     aten.sub.Tensor: torch.sub,
