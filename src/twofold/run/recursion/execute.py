@@ -210,7 +210,7 @@ class Run:
             return self._tables[link.table].index_select(0, self._schedule.children(run.group, run.places(link))[0])
         parts = run.parts[name]
         if crossing.dimension is not None:
-            return torch.cat(parts, crossing.dimension)
+            return torch.cat(list(parts), crossing.dimension)
         return sum(parts) if crossing.source is Stage.BACK else parts[0]
 
     def _of_rows(self, table: Tensor, group: Group) -> Tensor:
@@ -253,7 +253,8 @@ class Run:
             else:
                 whole = self._whole(run, run.staged.crossings[run.staged.outputs[output]])
                 held = whole.index_select(0, self._schedule.index(self._schedule.place[tasks]))
-            for number, row in zip(numbers, torch.unbind_copy(held), strict=True):
+            rows: Any = torch.unbind_copy(held)
+            for number, row in zip(numbers, rows, strict=True):
                 found[number] = row
         return found
 

@@ -219,15 +219,15 @@ def _take_together(joint: Joint, node: fx.Node, varying: set[fx.Node]) -> None:
     products = [_factors(part, varying) if len(part.users) == 1 else None for part in parts]
     shapes = [part.meta["val"].shape for part in parts]
     joined: list[fx.Node] = []
-    runs = itertools.groupby(range(len(parts)), lambda i: (products[i] and products[i][0], shapes[i]))
+    runs = itertools.groupby(range(len(parts)), lambda i: (products[i][0] if products[i] else None, shapes[i]))  # type: ignore[index]
     for (common, _), indices in runs:
         run = list(indices)
+        factors = [product[1] for index in run if (product := products[index]) is not None]
         if common is None or len(run) == 1 or (node.target is aten.stack.default and len(run) < len(parts)):
             joined += [parts[index] for index in run]
-            continue
-        factors = [products[index][1] for index in run]  # type: ignore[index]
-        joined.append(_product(joint, node, common, factors, dimension))
-        varying.add(joined[-1])
+        else:
+            joined.append(_product(joint, node, common, factors, dimension))
+            varying.add(joined[-1])
     if len(joined) == 1:
         node.replace_all_uses_with(joined[0])
         joint.graph.erase_node(node)

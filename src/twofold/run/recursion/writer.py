@@ -198,10 +198,10 @@ def _writes(node: fx.Node) -> bool:
 
 def _index(source: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     """Do what `source[indices]` does; rows named by numbers that do not count from the end are copied at once."""
-    first = indices[0]
-    rows = len(indices) == 1 and first is not None and first.dim() == 1 and first.dtype is torch.int64
-    if rows and not source.is_cuda and len(first) and int(first.amin()) >= 0:
-        return source.index_select(0, first)
+    rows: Any = indices[0] if len(indices) == 1 else None
+    numbers = rows is not None and rows.dim() == 1 and rows.dtype is torch.int64
+    if numbers and source.device.type == "cpu" and len(rows) and int(rows.amin()) >= 0:
+        return source.index_select(0, rows)
     return aten.index.Tensor(source, indices)
 
 
