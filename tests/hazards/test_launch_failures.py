@@ -53,14 +53,13 @@ def plant(monkeypatch: pytest.MonkeyPatch, segment: int) -> list[int]:
 
 @pytest.mark.parametrize(("optimizer", "segment"), [("sgd", 0), ("sgd", 1), ("adam", 0), ("adam", 1)])
 def test_a_launch_fails(optimizer: str, segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = runs_as_graph(PROGRAMS[optimizer], STEPS + 2)["paths"]
     launches = plant(monkeypatch, segment)
     report = runs_as_graph(PROGRAMS[optimizer], STEPS + 2)
     assert len(launches) > 1
     failures = [entry for entry in report["fallbacks"] if entry["code"] == "capture_failed"]
     assert sum(entry["count"] for entry in failures) == len(launches) // 2
     assert {entry["reason"] for entry in failures} == {"RuntimeError while a graph ran: the device is lost"}
-    assert report["paths"] == paths
+    assert report["paths"] == 2  # with gradients from the unit before, and without
 
 
 def test_harness_catches_a_failure_that_is_not_undone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from twofold.graph import TensorSpec
+from twofold.graph import TensorSpec, current_ambient
 
+from .functions import PLAIN_TENSORS
 from .number_feeds import fits
-from .recorder import PLAIN_TENSORS, current_ambient
 from .trace import Event, External, Made, Slot, leaves
 
 Bound = dict[int, Any]

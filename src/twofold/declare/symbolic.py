@@ -25,9 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from twofold.capture.intercept import user_origin
-from twofold.capture.recorder import current_ambient
 from twofold.errors import TwofoldError
-from twofold.graph import Constant, GraphBuilder, SubGraphBuilder, TensorSpec, Value
+from twofold.graph import Constant, GraphBuilder, SubGraphBuilder, TensorSpec, Value, current_ambient
 from twofold.graph.effects import target_has_effect
 from twofold.graph.ir import SCALAR_TYPES
 
