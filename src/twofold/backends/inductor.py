@@ -119,6 +119,8 @@ def compile_to_file(text: str, path: str, threads: int) -> None:
     """
     from torch._inductor import config, standalone_compile
 
+    from .layout import prefer_channels_last  # which imports Inductor
+
     graph = rewrite_for_inductor(parse(text))
     module = lower_to_fx(graph)
     torch.set_num_threads(threads)
@@ -126,6 +128,8 @@ def compile_to_file(text: str, path: str, threads: int) -> None:
         with torch.no_grad(), config.patch({"fallback_random": True, "triton.cudagraphs": False}):
             with torch._subclasses.FakeTensorMode():
                 examples: list[Any] = [_fake(value) for value in graph.inputs]
+                outputs = [_fake(value) for value in graph.outputs if isinstance(value, Value)]
+                module = prefer_channels_last(module, examples, outputs)
             artifact = standalone_compile(module, examples, dynamic_shapes="from_example_inputs")
             part = FilePath(path).with_suffix(".part")
             artifact.save(path=str(part), format="binary")
