@@ -137,9 +137,12 @@ class FollowedUnit:
         assert path is not None
         is_last = node.end is path and _keeps_as_before(path, escaped(self.slots))
         run = self._run_on(path, "an optimizer steps on a path with no graph yet")
-        self._launch(path, lambda: run.launch_through(path.program.positions[node.depth]))
-        with unheard(), torch.no_grad():
+
+        def prepare() -> None:
+            run.launch_through(path.program.positions[node.depth])
             run.prepare_step(plan, node.depth, is_last)
+
+        self._launch(path, prepare)
 
     # ---- launches ----------------------------------------------------------------------------------------
 
