@@ -16,8 +16,10 @@ from torch._inductor.graph import GraphLowering
 
 aten: Any = torch.ops.aten
 
-_IMAGES = {aten.convolution.default: (0, 1), aten.convolution_backward.default: (0, 1, 2)}
-"""The positions of the arguments that are wanted in channels-last."""
+_IMAGES = {aten.convolution.default: (0,), aten.convolution_backward.default: (0, 1)}
+"""The positions of the arguments that are wanted in channels-last. Weights stay as they are: cuDNN copies them where it
+needs to, and where images have one pixel, a weight in channels-last would have a gradient of other strides than fake
+tensors say."""
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 
