@@ -34,6 +34,7 @@ from twofold.capture.trace_graph import Path
 from twofold.capture.trace_writer import memory_key
 from twofold.graph import Ambient, Graph, Node, Origin, TensorSpec, Value, eliminate_dead_code, verify
 
+from .accumulation import accumulate_in_place
 from .histories import BackwardPlan, HistoryPlan, residuals_of
 from .optimizers import Setting, hyper_parameters, lower_step, replays_exactly
 from .products import merge_products
@@ -457,5 +458,6 @@ class _Builder:
         graph = eliminate_dead_code(graph)
         if not self.exact:
             graph = merge_products(graph)
+        graph = accumulate_in_place(graph)
         verify(graph)
         return graph
