@@ -77,13 +77,14 @@ class Worker:
         if not done:
             with torch.no_grad():
                 following = run_model(torch.from_numpy(self.observation).to(self.device))[1].item()
-        total = torch.zeros((), device=self.device)
-        for position in reversed(range(len(rewards))):
-            following = rewards[position] + DISCOUNT * following
-            advantage = following - values[position]
-            total = total + VALUE_WEIGHT * advantage.square()
-            total = total - log_probabilities[position] * advantage.detach() - ENTROPY_WEIGHT * entropies[position]
-        return total / len(rewards)
+        returns: list[float] = []
+        for reward in reversed(rewards):
+            following = reward + DISCOUNT * following
+            returns.insert(0, following)
+        advantage = torch.tensor(returns, device=self.device) - torch.stack(values)
+        actor_loss = -torch.stack(log_probabilities) * advantage.detach()
+        loss = actor_loss + VALUE_WEIGHT * advantage.square() - ENTROPY_WEIGHT * torch.stack(entropies)
+        return loss.mean()
 
 
 def build(

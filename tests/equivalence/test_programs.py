@@ -49,12 +49,20 @@ def assert_ran_as_graphs(report: dict[str, Any]) -> None:
     assert report["graph_iterations"] + report["eager_iterations"] == report["iterations"], report
 
 
+def assert_every_unit_is_counted(name: str, report: dict[str, Any]) -> None:
+    """A unit is a call, but for ppo, whose optimizer steps several times in a call."""
+    if name == "ppo":
+        assert report["iterations"] > steps_of(name)
+    else:
+        assert report["iterations"] == steps_of(name)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", NAMES)
 def test_function_with_chosen_backend_is_exact(name: str, device: str) -> None:
     configuration = function(numerics="exact", background=False)
     report = assert_same(factory(name, device), steps_of(name), configuration)
-    assert report["iterations"] == steps_of(name)
+    assert_every_unit_is_counted(name, report)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -63,7 +71,7 @@ def test_function_runs_as_graphs_and_is_exact(name: str, device: str) -> None:
     configuration = function(numerics="exact", backend=EXACT_BACKEND[device], background=False)
     report = assert_same(factory(name, device), steps_of(name), configuration)
     assert_ran_as_graphs(report)
-    assert report["iterations"] == steps_of(name)
+    assert_every_unit_is_counted(name, report)
 
 
 @pytest.mark.parametrize("device", DEVICES)
