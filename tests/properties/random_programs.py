@@ -10,7 +10,7 @@ compared too. Each statement grows from a number of its own, so that a failing p
 import importlib.util
 import random
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,14 @@ class Holder:
         self.items = [1, 2]
         self.table = {"a": 0.5}
         self.vector = torch.ones(3)
+
+    @property
+    def doubled(self):
+        return 2 * self.count
+
+    def bump(self, *numbers, by=1):
+        self.count += by
+        return sum(numbers) % 5
 
 
 class Net(nn.Module):
@@ -192,9 +200,10 @@ class Writer:
         self.depth -= 1
 
     def statement(self) -> None:
-        kinds = [
-            self.write_assign, self.write_rebind, self.write_number, self.write_unpack, self.write_heap, self.write_heap,
-            self.write_list, self.write_in_place, self.write_print, self.write_closure,
+        kinds: list[Callable[[], None]] = [
+            self.write_assign, self.write_assign, self.write_rebind, self.write_number, self.write_unpack,
+            self.write_heap, self.write_heap, self.write_list, self.write_list, self.write_in_place,
+            self.write_alias, self.write_alias, self.write_print, self.write_closure,
         ]  # fmt: skip
         if self.depth < DEEPEST:
             kinds += [self.write_branch, self.write_branch, self.write_loop, self.write_loop, self.write_block]
@@ -260,13 +269,20 @@ class Writer:
                 "parts.reverse()",
                 "parts = [*parts[1:], parts[0]]",
                 "parts = list(map(lambda p: p + n, parts))",
+                "parts = list({k: p for k, p in enumerate(parts)}.values())",
+                "parts.insert(0, sum(p.mean() for p in parts) + x)",
+                "parts.append(first_positive(parts, x))",
+                "n = holder.bump(n, *range(n % 3), by=2)",
+                "n = holder.doubled % 5",
+                "parts[:] = parts[-3:]",
+                "n = max((m := len(parts)), n) % 5",
             )
         )
 
     def write_in_place(self) -> None:
         name = self.new_name("t")
         self.write(f"{name} = {self.tensor()}.clone()")
-        view = self.choose(name, f"{name}[..., 0]", f"{name}[..., :2]", f"{name}.detach()", f"{name}.T")
+        view = self.choose(name, f"{name}[..., 0]", f"{name}[..., :2]", f"{name}.detach()", f"{name}.unsqueeze(0)")
         if view != name:
             self.write(f"view = {view}")
         target = name if view == name else "view"
@@ -274,6 +290,30 @@ class Writer:
             self.choose(f"{target} += {self.number()}", f"{target} *= 0.5", f"{target}.add_(1)", f"{name}[..., 1] = n")
         )
         self.tensors.append(name)
+
+    def write_alias(self) -> None:
+        """Change what has two names, or belongs to the program, by one of them."""
+        vector = self.vector()
+        self.write(
+            self.choose(
+                "v = holder.vector; v.mul_(0.5)",
+                "v = holder.vector; holder.vector = v + 1; v.zero_()",
+                f"model.state = holder.vector; model.state += {vector}",
+                "holder.vector += 1",
+                "holder.items += [n]",
+                "model.calls -= 1",
+                "parts[0] += 1",
+                "parts[-1] *= 0.5",
+                "first, second = parts[0], parts[-1]; first.add_(second.detach())",
+                f"LOG.append(holder.vector); holder.vector.add_({vector})",
+                "x = x.clone(); parts.append(x); x.add_(1)",
+                "rows = x.unbind(); n = len(rows); rows[0].detach().mul_(2)",
+                "n = int(parts[0] is x) + int(model.state is holder.vector)",
+                "n = int(any(p is x for p in parts))",
+                "box = {'t': x, 'n': n}; same = box; same['t'] = x * 2; parts.append(box['t'])",
+                "bag = [parts, holder.items]; bag[0].append(x); bag[1].append(n)",
+            )
+        )
 
     def write_print(self) -> None:
         self.write(
