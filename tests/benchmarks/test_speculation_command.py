@@ -61,8 +61,8 @@ def test_results_hold_every_contender(
     monkeypatch.setattr(speculation, "measure_in_child", steps.measure_program)
     monkeypatch.setattr(speculation, "COMPILED", ())
     path = tmp_path / "results.json"
-    speculation.main(["tree_rnn", "--size", "small", "--rounds", "2", "--json", str(path)])
-    results = json.loads(path.read_text())["programs"]["tree_rnn"]
+    speculation.main(["adversarial", "--size", "small", "--rounds", "2", "--json", str(path)])
+    results = json.loads(path.read_text())["programs"]["adversarial"]
     assert list(results) == ["eager", "twofold_coexecution", "twofold_speculation"]
     for name, result in results.items():
         assert len(result["rounds_ms"]) == 2
@@ -107,7 +107,7 @@ def test_the_loss_is_found_in_what_a_step_returns(result: Any, loss: float | Non
 
 def test_curves_are_one_where_numerics_are_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "curves.json"
-    arguments = ["tree_rnn", "ppo", "--steps", "4", "--numerics", "exact", "--json", str(path)]
+    arguments = ["lstm", "ppo", "--steps", "4", "--numerics", "exact", "--json", str(path)]
     if importlib.util.find_spec("matplotlib"):
         arguments += ["--png", str(tmp_path / "curves.png")]
     convergence.main(arguments)

