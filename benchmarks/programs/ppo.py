@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from benchmarks.programs.program import CompileModel, Program, Size, adam, identity
 
 # environments side by side, moves of each, passes, moves in a part, hidden width
-SIZES = {"small": (2, 5, 2, 4, 8), "full": (8, 31, 4, 64, 64)}
+SIZES = {"small": (2, 4, 2, 5, 8), "full": (8, 31, 4, 64, 64)}
 DISCOUNT = 0.99
 TRACE = 0.95
 """Lambda of generalised advantage estimation (Schulman et al. 2016)."""

@@ -3,16 +3,17 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import convergence, speculation, steps
+from benchmarks import convergence, host_time, speculation, steps
 from benchmarks.convergence import loss_of
-from benchmarks.host_time import host_microseconds
 from benchmarks.programs import JANUS_NAMES
 from benchmarks.speculation import contenders_of, format_summary, format_table, summarise
+from twofold.backends.replay import ReplayExecutable
 
 
 def row(milliseconds: float, report: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -70,24 +71,24 @@ def test_results_hold_every_contender(
     assert "geometric mean" in capsys.readouterr().out
 
 
-def test_host_time_leaves_launches_out() -> None:
-    import twofold
+def test_host_time_leaves_launches_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
 
-    def step(x: torch.Tensor) -> torch.Tensor:
-        for _ in range(20):
-            x = x @ x
-        return x
+    def spend(seconds: float) -> None:
+        nonlocal now
+        now += seconds
 
-    def slow_launches(_: int) -> None:
-        graphed(torch.zeros(400, 400))
+    def run(_: int) -> None:
+        spend(2.0)
+        ReplayExecutable.launch(None, 0, {})  # type: ignore[arg-type]
 
-    graphed = twofold.function(step, engine="coexecution", backend="replay", numerics="exact", background=False)
-    for number in range(4):
-        slow_launches(number)
-    host = host_microseconds(slow_launches, torch.device("cpu"), is_twofold=True)
-    assert host is not None
-    assert host > 0
-    assert host_microseconds(slow_launches, torch.device("cpu"), is_twofold=False) is None
+    monkeypatch.setattr(host_time, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(ReplayExecutable, "launch", lambda *_: spend(5.0))
+    launch = ReplayExecutable.launch
+    cpu = torch.device("cpu")
+    assert host_time.host_microseconds(run, cpu, is_twofold=True) == 2e6
+    assert host_time.host_microseconds(run, cpu, is_twofold=False) is None
+    assert ReplayExecutable.launch is launch
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ EXACT_BACKEND = {"cpu": "replay", "cuda": "cuda_graph"}
 
 DEFAULT_STEPS = 12
 # Enough for every path to come a few times: coins, lengths, and the period of two that alternate.
-STEPS = {"coin_flip": 30, "varying_loop": 18, "multi_path": 30, "grad_accumulation": 18, "a3c": 18}
+STEPS = {"coin_flip": 30, "varying_loop": 18, "multi_path": 30, "grad_accumulation": 18, "inception_v3": 10, "a3c": 16}
 
 # Adam divides by the size of the gradient: where that is as small as its rounding error, a parameter moves
 # by some other part of the learning rate, 1e-3. One of LeNet's 48,000 weights was 4e-5 off after 8 steps
@@ -34,7 +34,7 @@ FUSED_PROGRAMS = {
 FUSED_STEPS = 8
 MANY_STEPS = 50
 # Each batch of trees is a path of its own, and to record one takes many times as long as to run it.
-FEW_STEPS = {"tree_rnn": 6, "tree_lstm": 6}
+FEW_STEPS = {"tree_rnn": 4, "tree_lstm": 4}
 
 
 def factory(name: str, device: str, **options: Any) -> Callable[[], Program]:
