@@ -16,7 +16,7 @@ from typing import Any
 from twofold.graph import Graph, GraphBuilder, SubGraphBuilder, Value
 
 from .functions import Function, Outer, Recursive, Source
-from .refusals import Refused
+from twofold.convert.refusals import Refused
 from .scope import count_results
 from .statements import Body
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from twofold.graph import Origin
 
-from .refusals import Refusal, Refused
+from twofold.convert.refusals import Refusal, Refused
 
 
 class Recursive:

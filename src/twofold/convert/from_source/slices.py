@@ -21,7 +21,7 @@ from twofold.graph import Argument, Constant, Graph, Node, Origin, SubGraph, Val
 from .convert import Converted
 from .expressions import is_library
 from .functions import Outer
-from .refusals import Refusal, Refused, line_of
+from twofold.convert.refusals import Refusal, Refused, line_of
 from .targets import apply, method, unpack
 
 

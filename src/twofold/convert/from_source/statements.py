@@ -15,7 +15,7 @@ from twofold.graph import SCALAR_TYPES, Ambient, SubGraph, SubGraphBuilder, Valu
 
 from .expressions import Expressions
 from .functions import Function, Outer, Recursive, Source
-from .refusals import Refused
+from twofold.convert.refusals import Refused
 from .scope import UNDEFINED, assigned, flatten, rebuild, returns, same, same_form
 from .targets import apply, fail
 
