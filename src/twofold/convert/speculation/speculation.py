@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -82,3 +83,39 @@ def step(unit: Unit, event: int) -> None:
 def tensor(unit: Unit, slot: int) -> torch.Tensor:
     """See `Unit.tensor`."""
     return unit.tensor(slot)
+
+
+def equal(found: Any, expected: Any) -> bool:
+    """Whether a value is the one assumed: same type, same contents, signs of zero and nan told apart.
+
+    The target of the calls that predicates of `value` assumptions are made of; for numbers, strings, tuples of them
+    and the other immutable types of arguments.
+    """
+    if type(found) is not type(expected):
+        return False
+    if isinstance(expected, tuple):
+        return len(found) == len(expected) and all(map(equal, found, expected))
+    if isinstance(expected, float | complex):
+        return repr(found) == repr(expected)
+    return found is expected or bool(found == expected)
+
+
+def instance(kind: type, attributes: dict[str, Any]) -> Any:
+    """Make an instance of a plain class as the call left it, without running its `__init__`."""
+    made = object.__new__(kind)
+    made.__dict__.update(attributes)
+    return made
+
+
+def metadata(found: torch.Tensor) -> tuple[Any, ...]:
+    """Describe all of a tensor but its contents: what Python may have asked it for."""
+    return tuple(found.shape), found.dtype, found.device, found.requires_grad, found.is_leaf, found.stride()
+
+
+_HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def unhooked(module: torch.nn.Module) -> bool:
+    """Whether calling a module calls its class's `forward` and nothing else."""
+    state = module.__dict__
+    return not any(_HOOKS(state)) and "forward" not in state and state.get("_compiled_call_impl") is None
