@@ -319,7 +319,8 @@ class Calls(Containers):
         if isinstance(held, Optimizer) and name == "step":
             return self._step(receiver, arguments[1:], keywords)
         holds_objects = any(
-            isinstance(item, Outside) and not isinstance(item.object, (*LISTS, *DICTS)) or isinstance(item, Closure)
+            isinstance(item, Closure | Instance | Method | Super)
+            or (isinstance(item, Outside) and not isinstance(item.object, (*LISTS, *DICTS)))
             for item in (*arguments, *keywords.values())
         )
         if isinstance(function, types.FunctionType) and (holds_objects or function in _INTERPRETED):

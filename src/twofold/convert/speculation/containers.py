@@ -111,7 +111,7 @@ class Containers(Objects):
         made = Mapping(set if kind is frozenset else kind, {})
         if kind in (set, frozenset):
             for item in self.iterate(arguments[0]) if arguments else ():
-                made.entries[self.known(item)] = item
+                made.entries[self.key(item)] = item
             return Known(frozenset(made.entries)) if kind is frozenset else made
         self._update(made, arguments, keywords)
         return made
@@ -123,7 +123,7 @@ class Containers(Objects):
             )
             for item in self.iterate(argument):
                 key, value = (item, self.subscript(argument, item)) if is_mapping else self.iterate(item)
-                made.entries[self.known(key)] = value
+                made.entries[self.key(key)] = value
         made.entries.update(keywords)
 
     def _mapping_method(self, item: Mapping, name: str, arguments: list[Item], keywords: dict[str, Item]) -> Item:
@@ -132,7 +132,7 @@ class Containers(Objects):
             raise self.refuse("unsupported_object", f"calls {name} of a dictionary that was handed out")
         match name:
             case "get" | "pop" | "setdefault":
-                key = self.known(arguments[0])
+                key = self.key(arguments[0])
                 if key in entries:
                     return entries.pop(key) if name == "pop" else entries[key]
                 default = arguments[1] if len(arguments) > 1 else NONE
@@ -156,7 +156,7 @@ class Containers(Objects):
                 entries.clear()
                 return NONE
             case "__contains__":
-                return Known(self.known(arguments[0]) in entries)
+                return Known(self.key(arguments[0]) in entries)
             case "__getitem__":
                 return self.subscript(item, arguments[0])
             case _:
@@ -206,11 +206,11 @@ class Containers(Objects):
             raise self.refuse("unsupported_object", f"calls {name} of a set that was handed out")
         match name:
             case "add":
-                entries.setdefault(self.known(arguments[0]), arguments[0])
+                entries.setdefault(self.key(arguments[0]), arguments[0])
             case "discard":
-                entries.pop(self.known(arguments[0]), None)
+                entries.pop(self.key(arguments[0]), None)
             case "update":
-                entries.update((self.known(one), one) for one in self.iterate(arguments[0]))
+                entries.update((self.key(one), one) for one in self.iterate(arguments[0]))
             case "copy":
                 return Mapping(set, dict(entries))
             case _:

@@ -144,7 +144,7 @@ class Expressions(Calls):
             if key is None:
                 self.container_method(made, dict.update, [self.evaluate(value)], {})
             else:
-                wanted = self.known(self.evaluate(key))
+                wanted = self.key(self.evaluate(key))
                 made.entries[wanted] = self.evaluate(value)
         return made
 
@@ -350,7 +350,7 @@ class Expressions(Calls):
     def _contains(self, container: Item, item: Item) -> Item:
         match container:
             case Mapping():
-                return Known(self.known(item) in container.entries)
+                return Known(self.key(item) in container.entries)
             case Outside() if isinstance(container.object, DICTS):
                 return Known(self.contains(container, self.known(item)))
             case Sequence() | Stream():

@@ -104,6 +104,18 @@ class Objects:
             case _:
                 raise self.refuse("unsupported_object", f"{self.describe(item)} where a constant is needed")
 
+    def key(self, item: Item) -> Any:
+        """Return an item as a key of a dictionary or set: objects and tensors are their own."""
+        if isinstance(item, Tensor):
+            return item.sample
+        if isinstance(item, Outside) and not item.place.is_given and type(item.object).__hash__ is object.__hash__:
+            return item.object
+        if isinstance(item, Outside) and isinstance(item.object, torch.nn.Module):
+            return item.object
+        if isinstance(item, Instance | Closure):
+            return item
+        return self.known(item)
+
     def describe(self, item: Item) -> str:
         """Return a short text for messages."""
         held = getattr(item, "object", getattr(item, "sample", None))
@@ -297,7 +309,7 @@ class Objects:
             case Sequence():
                 return self._item_of_sequence(item, key)
             case Mapping():
-                wanted = self.known(key)
+                wanted = self.key(key)
                 if wanted not in item.entries:
                     raise Raised(KeyError(wanted))
                 return item.entries[wanted]
@@ -556,9 +568,9 @@ class Objects:
                 if item.value is not None:
                     self.host.store("set_item", item.value, constant(self.known(key)), self.host.argument(value))
             case Mapping() if item.kind is not set:
-                item.entries[self.known(key)] = value
+                item.entries[self.key(key)] = value
                 if item.value is not None:
-                    self.host.store("set_item", item.value, constant(self.known(key)), self.host.argument(value))
+                    self.host.store("set_item", item.value, self.host.argument(key), self.host.argument(value))
             case Dynamic() if _is_array(item.sample):
                 self.dry_run(operator.setitem, [item.sample, self.sample(key), self.sample(value)], {})
                 self.heap.arrays_changed = True
