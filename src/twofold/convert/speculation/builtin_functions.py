@@ -7,6 +7,7 @@ import builtins
 import functools
 import logging
 import operator
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -261,6 +262,9 @@ class BuiltinFunctions(Expressions):
     def _do_partial(self, arguments: list[Item], keywords: dict[str, Item]) -> Item:
         raise self.refuse("unsupported_call", "functools.partial within the call")
 
+    def _do_bind(self, arguments: list[Item], _: dict[str, Item]) -> Item:
+        return Method(arguments[0], arguments[1])
+
     def _do_setitem(self, arguments: list[Item], _: dict[str, Item]) -> Item:
         self.set_item(*arguments)
         return NONE
@@ -284,6 +288,6 @@ _SPECIAL: dict[Any, str] = {
         "isinstance type callable len getattr hasattr setattr super enumerate zip reversed map filter iter next list"
         " tuple any all sum min max sorted range bool str repr format print"
     ).split()
-} | {functools.partial: "partial", operator.setitem: "setitem"}
+} | {functools.partial: "partial", operator.setitem: "setitem", types.FunctionType.__get__: "bind"}
 
 __all__ = ["LASTING", "BuiltinFunctions", "Instance", "constant"]

@@ -7,8 +7,10 @@ import functools
 import inspect
 import operator
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch.optim.optimizer import Optimizer
 from twofold.capture.functions import FROM_HOST_DATA, METADATA
 from twofold.capture.intercept import Interception, unheard
 from twofold.capture.leaf_modules import LEAVES, leaf_call
+from twofold.capture.recorder import current_ambient
 from twofold.capture.trace import External, leaves
 from twofold.capture.trace_graph import PathNode
 from twofold.convert.refusals import Refusal, Refused
@@ -44,7 +47,7 @@ from .items import (
     Super,
     Tensor,
 )
-from .library import CONTEXTS, PURE, find_in_class, is_plain_class, is_torch
+from .library import CONTEXTS, PURE, find_in_class, is_overridable, is_plain_class, is_torch
 from .objects import DICTS, LISTS
 from .source import Code
 from .speculation import metadata, unhooked
@@ -96,6 +99,9 @@ class Calls(Containers):
                 function, given, named = (self.attribute(callee, n) for n in ("func", "args", "keywords"))
                 merged = {str(k): self.subscript(named, Known(k)) for k in self.iterate_known(named)}
                 return self.call(function, [*self.iterate(given), *arguments], merged | keywords)
+            case Outside() if isinstance(callee.object, weakref.ref):
+                place = Place(f"{callee.place.name}()", (id(callee.object), "()"), False)
+                return self.heap.item(callee.object(), self.host.call(operator.call, callee.value), place)
             case Outside() | Instance():
                 found = find_in_class(self.type_of(callee), "__call__")
                 if found is None:
@@ -132,8 +138,8 @@ class Calls(Containers):
         result = self.dry_run(function, [self.sample(item), *map(self.sample, arguments)], named)
         self.heap.arrays_changed = True
         given = [self.host.nested(one) for one in (item, *arguments)]
-        value = self.host.change(function, *given, **{n: self.host.nested(one) for n, one in keywords.items()})
-        return NONE if result is None else Dynamic(result, value)
+        self.host.effect(function, *given, **{n: self.host.nested(one) for n, one in keywords.items()})
+        return NONE if result is None else item
 
     def _call_known(self, function: Any, arguments: list[Item], keywords: dict[str, Item]) -> Item:
         special = self.special(function)
@@ -318,12 +324,7 @@ class Calls(Containers):
             return self.native(function, arguments, keywords, owner=held)
         if isinstance(held, Optimizer) and name == "step":
             return self._step(receiver, arguments[1:], keywords)
-        holds_objects = any(
-            isinstance(item, Closure | Instance | Method | Super)
-            or (isinstance(item, Outside) and not isinstance(item.object, (*LISTS, *DICTS)))
-            for item in (*arguments, *keywords.values())
-        )
-        if isinstance(function, types.FunctionType) and (holds_objects or function in _INTERPRETED):
+        if isinstance(function, types.FunctionType) and not is_overridable(function):
             return self._inline_function(function, arguments, keywords)
         if function in FROM_HOST_DATA:
             return self._from_host_data(function, arguments, keywords)
@@ -336,11 +337,11 @@ class Calls(Containers):
             raise self.refuse("unsupported_call", "optimizer.step takes a closure")
         if self.walk.path is not None:
             raise self.refuse("several_units", "an optimizer steps after the unit has ended")
+        if any(self.heap.is_changed(held) for held in (optimizer.param_groups, *optimizer.param_groups)):
+            raise self.refuse("unsupported_object", "the call sets an optimizer before it steps")
         kind_step = type(optimizer).step
         self._listen(lambda: kind_step(optimizer))
         self._settle([])
-        if hasattr(optimizer.__dict__.get("step"), "_wrapped_by_lr_sched"):
-            self.host.store("set_attr", receiver.value, "_opt_called", True)
         return NONE
 
     def native(
@@ -349,10 +350,8 @@ class Calls(Containers):
         """Call a torch function under the listener, with placeholders for what the unit makes."""
         if self.walk.path is not None:
             return self._call_late(function, arguments, keywords, owner)
-        given = [self._for_torch(item) for item in arguments]
+        given = [self._for_torch(item) if owner is None or index else owner for index, item in enumerate(arguments)]
         named = {name: self._for_torch(item) for name, item in keywords.items()}
-        if owner is not None:
-            given[0] = owner
         numbers: list[Dynamic] = []
         self._collect_numbers([*arguments, *keywords.values()], numbers)
         result = self._listen(lambda: function(*given, **named))
@@ -511,7 +510,7 @@ class Calls(Containers):
             made = self.dry_run(function, [self.sample(item) for item in arguments], named)
         late = self.heap.arrays_changed and any(isinstance(self.sample(item), np.ndarray) for item in given)
         nested = {name: self.host.nested(item) for name, item in keywords.items()}
-        value = self.host.call(function, *map(self.host.nested, arguments), late=late, **nested)
+        value = self.host.call(function, *map(self.host.nested, arguments), late=late, ambient=current_ambient(), **nested)
         return self.heap.add_tensor(made, value, self.here().name)
 
     # ---- after the unit ----------------------------------------------------------------------------------
@@ -535,7 +534,7 @@ class Calls(Containers):
             self._note_measured(items)
             return Known(result)
         nested = {name: self.host.nested(item) for name, item in keywords.items()}
-        value = self.host.call(function, *map(self.host.nested, arguments), late=True, **nested)
+        value = self.host.call(function, *map(self.host.nested, arguments), late=True, ambient=current_ambient(), **nested)
         return self._wrap_late(result, value)
 
     def _late_sample(self, item: Item) -> Any:
@@ -588,12 +587,15 @@ _GLOBAL_HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
-_INTERPRETED: frozenset[Any] = frozenset({torch.nn.utils.clip_grad_norm_, torch.nn.utils.clip_grad_value_})
+
+_OWN_CODE = str(Path(__file__).parents[2])
 
 
 def _may_inline(function: types.FunctionType) -> bool:
     """Whether a function is the program's own, or PyTorch's: other libraries are taken from the tables alone."""
     file = function.__code__.co_filename
+    if file.startswith(_OWN_CODE):
+        return False
     return is_torch(function) or not any(part in file for part in ("/site-packages/", "/lib/python3", "<frozen"))
 
 

@@ -231,13 +231,26 @@ class Containers(Objects):
             given = [Known(self.known(argument)) for argument in arguments[:1]] + arguments[1:]
         else:
             given = [self.spread(a) if name in ("extend", "extendleft") else a for a in arguments]
+        taken = self._taken(item, name, given)
         copied = self.heap.change(item)
         samples = [self._stand_in(one) for one in given]
         named = {key: self.known(value) for key, value in keywords.items()}
-        result = self.dry_run(getattr(type(copied), name), [copied, *samples], named)
+        self.dry_run(getattr(type(copied), name), [copied, *samples], named)
         nested = [self.host.argument(one) for one in given]
-        value = self.host.change(function, item.value, *nested, **{k: constant(v) for k, v in named.items()})
-        return NONE if result is None else Dynamic(result, value)
+        self.host.effect(function, item.value, *nested, **{k: constant(v) for k, v in named.items()})
+        return taken
+
+    def _taken(self, item: Outside, name: str, given: list[Item]) -> Item:
+        """Return what a method that takes an item out will take: the host graph reads it before."""
+        if name not in ("pop", "popleft", "popitem", "setdefault"):
+            return NONE
+        if name in ("popitem", "setdefault") or isinstance(item.object, set) or len(given) > 1:
+            raise self.refuse("unsupported_call", f"calls {name} of {self.describe(item)}")
+        key = Known(0) if name == "popleft" else given[0] if given else Known(-1)
+        taken = self.subscript(item, key)
+        for index in range(-len(item.object), len(item.object)):
+            self.heap.forget(item, "get_item", index)
+        return taken
 
     def _stand_in(self, item: Item) -> Any:
         try:

@@ -241,6 +241,10 @@ class Heap:
         self.changed.add(id(holder.object))
         return self.copy_of(holder.object)
 
+    def is_changed(self, held: Any) -> bool:
+        """Whether this call writes to an object."""
+        return id(held) in self._written
+
     def close(self) -> None:
         """Assume that objects which were written are none of the others: two names for one object see one state."""
         others = [one for one in self._seen.values() if isinstance(one, Outside)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from twofold.capture.recorder import current_ambient
 from twofold.capture.trace_graph import Path
 from twofold.convert.refusals import Refusal, Refused
 from twofold.graph import (
@@ -19,14 +19,15 @@ from twofold.graph import (
     Constant,
     Graph,
     GraphBuilder,
+    Node,
     Origin,
     Value,
-    eliminate_dead_code,
     values_in,
 )
 
 from .items import Dynamic, Instance, Item, Known, Mapping, Outside, Place, Tensor
 from .items import Sequence as Listed
+from .library import is_pure
 from .speculation import Assumption, AssumptionKind, Speculation, equal, give, instance, read, step, tensor
 
 _DEFAULT = Ambient()
@@ -60,20 +61,23 @@ class Host:
             known = self._roots[id(held)] = self._graph.input(name, None), held
         return known[0]
 
-    def call(self, target: Callable[..., Any], *arguments: Argument, late: bool = False, **keywords: Argument) -> Value:
-        """Append a call that returns one object."""
+    def call(
+        self,
+        target: Callable[..., Any],
+        *arguments: Argument,
+        late: bool = False,
+        ambient: Ambient = _DEFAULT,
+        **keywords: Argument,
+    ) -> Value:
+        """Append a call that returns one object. Its ambient counts for calls of torch functions alone."""
         (made,) = self._graph.node(
-            "call", target, arguments, keywords, (None,), origin=self.origin, ambient=self._ambient()
+            "call", target, arguments, keywords, (None,), origin=self.origin, ambient=ambient
         )
         return self._note(made, late, arguments, tuple(keywords.values()))
 
     def effect(self, target: Callable[..., Any], *arguments: Argument, **keywords: Argument) -> None:
         """Append a call for what it does."""
-        self._graph.node("call", target, arguments, keywords, origin=self.origin, ambient=self._ambient())
-
-    def change(self, target: Callable[..., Any], *arguments: Argument, **keywords: Argument) -> Value:
-        """Append a call for what it does, that also returns one object."""
-        return self.call(target, *arguments, late=True, **keywords)
+        self._graph.node("call", target, arguments, keywords, origin=self.origin)
 
     def fetch(self, op: str, holder: Argument, key: Argument, late: bool = False) -> Value:
         """Append a `get_attr` or `get_item`."""
@@ -88,10 +92,6 @@ class Host:
         if late or any(value in self.late for value in values_in(arguments)):
             self.late.add(made)
         return made
-
-    def _ambient(self) -> Ambient:
-        ambient = current_ambient()
-        return _DEFAULT if ambient == _DEFAULT else ambient
 
     # ---- the unit ----------------------------------------------------------------------------------------
 
@@ -251,10 +251,22 @@ class Host:
 
     def finish(self, result: Item, path: Path) -> Speculation:
         """Return the finished speculation."""
-        graph: Graph = eliminate_dead_code(self._graph.finish((self.argument(result),)))
-        inputs = graph.inputs
-        roots = {value: held for value, held in self._roots.values() if value in inputs}
+        graph = drop_unread(self._graph.finish((self.argument(result),)))
+        roots = {value: held for value, held in self._roots.values()}
         return Speculation(graph, roots, path, tuple(self.assumptions))
+
+
+def drop_unread(graph: Graph) -> Graph:
+    """Drop the nodes that only read or compute what nobody asks for."""
+    live = {value for output in graph.outputs for value in values_in(output)}
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        is_read = node.op in ("get_attr", "get_item") or (node.op == "call" and node.results and is_pure(node.target))
+        if is_read and live.isdisjoint(node.results):
+            continue
+        live.update(node.operands)
+        kept.append(node)
+    return replace(graph, nodes=tuple(reversed(kept)))
 
 
 def constant(held: Any) -> Argument:

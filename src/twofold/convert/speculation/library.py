@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import math
 import operator
 from typing import Any, Final
 
 import numpy as np
 import torch
+from torch.overrides import get_overridable_functions
 
 from twofold.graph.names import known_name
 
@@ -97,6 +99,16 @@ def is_torch(function: Any) -> bool:
         return module == "torch" or module.startswith("torch.")
     owner = getattr(function, "__objclass__", None)
     return owner is not None and issubclass(owner, torch.Tensor)
+
+
+def is_overridable(function: Any) -> bool:
+    """Whether a listener hears a function of PyTorch that is written in Python before it does anything."""
+    return function in _overridable()
+
+
+@functools.cache
+def _overridable() -> frozenset[Any]:
+    return frozenset(function for functions in get_overridable_functions().values() for function in functions)
 
 
 def _is_operator(function: Any) -> bool:

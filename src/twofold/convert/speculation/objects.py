@@ -184,7 +184,7 @@ class Objects:
                 return item.object
             case Dynamic() | Tensor():
                 return item.sample
-            case Outside():
+            case Outside() if is_data(item.object):
                 return self.heap.copy_of(item.object)
             case Sequence():
                 items = [self.sample(inner) for inner in item.items]
@@ -524,6 +524,9 @@ class Objects:
 
     def set_attribute(self, item: Item, name: str, value: Item) -> None:
         """Do `item.name = value`."""
+        if isinstance(item, Tensor) and name == "grad":
+            self.native(setattr, [item, Known(name), value], {})
+            return
         if not isinstance(item, Outside | Instance):
             raise self.refuse("unsupported_object", f"writes .{name} of {self.describe(item)}")
         kind = self.type_of(item)
@@ -539,6 +542,8 @@ class Objects:
                 self.host.store("set_attr", item.value, name, self.host.argument(value))
         elif isinstance(item.object, nn.Module) and kind.__setattr__ is nn.Module.__setattr__:
             self._set_module_attribute(item, name, value)
+        elif isinstance(item.object, torch.optim.Optimizer) and name in ("param_groups", "state", "defaults"):
+            raise self.refuse("unsupported_object", f"replaces .{name} of an optimizer")
         elif kind.__setattr__ is object.__setattr__ or isinstance(item.object, torch.optim.Optimizer):
             self.heap.write(item, "set_attr", name, value)
         else:
@@ -599,6 +604,15 @@ class Objects:
         elif key not in held and self.heap.overwritten(item, "get_item", key) is None:
             self.heap.assume_contains(item, key, False)
         self.heap.write(item, "set_item", key, value)
+
+
+def is_data(held: Any) -> bool:
+    """Whether an object is made of plain values and arrays alone, so that nothing of the program runs in it."""
+    if isinstance(held, (*LISTS, set)):
+        return all(map(is_data, held))
+    if type(held) in DICTS:
+        return all(is_value(key) and is_data(item) for key, item in held.items())
+    return is_value(held) or isinstance(held, np.ndarray | np.generic)
 
 
 def _is_array(held: Any) -> bool:
