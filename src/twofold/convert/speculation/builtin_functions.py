@@ -161,12 +161,18 @@ class BuiltinFunctions(Expressions):
 
     def _do_sum(self, arguments: list[Item], keywords: dict[str, Item]) -> Item:
         total = keywords.get("start", arguments[1] if len(arguments) > 1 else Known(0))
-        items = list(self.iterate(arguments[0]))
-        if any(isinstance(item, Dynamic) for item in items) and not any(isinstance(item, Tensor) for item in items):
-            return self.compute(sum, Sequence(list, items), total)  # in one go: adds floats as eager does
-        for item in items:
-            total = self.operate(operator.add, "add", total, item)
-        return total
+        numbers: list[Item] = []
+        for item in self.iterate(arguments[0]):
+            if isinstance(total, Tensor | Sequence) or isinstance(item, Tensor | Sequence | Outside | Instance):
+                total = self.operate(operator.add, "add", self._sum_of(numbers, total), item)
+                numbers.clear()
+            else:
+                numbers.append(item)
+        return self._sum_of(numbers, total)
+
+    def _sum_of(self, numbers: list[Item], start: Item) -> Item:
+        """Add numbers up in one go, as `sum` does with its own way of rounding."""
+        return self.compute(sum, Sequence(list, list(numbers)), start) if numbers else start
 
     def _do_min(self, arguments: list[Item], keywords: dict[str, Item]) -> Item:
         return self._extreme(min, ast.Lt(), arguments, keywords)

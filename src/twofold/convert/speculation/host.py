@@ -58,7 +58,8 @@ class Host:
         """Return the input for an object that is always the same one."""
         known = self._roots.get(id(held))
         if known is None:
-            known = self._roots[id(held)] = self._graph.input(name, None), held
+            plain = "".join(letter if letter.isalnum() else "_" for letter in name)
+            known = self._roots[id(held)] = self._graph.input(plain, None), held
         return known[0]
 
     def call(

@@ -108,7 +108,8 @@ def is_overridable(function: Any) -> bool:
 
 @functools.cache
 def _overridable() -> frozenset[Any]:
-    return frozenset(function for functions in get_overridable_functions().values() for function in functions)
+    listed = {function for functions in get_overridable_functions().values() for function in functions}
+    return frozenset(listed | {torch.autograd.grad, torch.autograd.backward})
 
 
 def _is_operator(function: Any) -> bool:

@@ -278,7 +278,7 @@ class Objects:
             case Stream():
                 yield from item.upcoming
             case Tensor():
-                yield from self.iterate(self.native(torch.Tensor.unbind, [item], {}))
+                yield from self.iterate(self.native(torch.Tensor.unbind, [item, Known(0)], {}))
             case Dynamic():
                 count = len(item.sample)
                 self.host.assume_length(item.value, count, self.here())

@@ -256,7 +256,7 @@ class Interpreter(BuiltinFunctions):
 
     def _execute_Try(self, node: ast.Try) -> Flow:
         try:
-            flow = self._guarded(node)
+            flow = self._try(node)
         except Raised:
             self.execute_all(node.finalbody)
             raise
@@ -267,7 +267,7 @@ class Interpreter(BuiltinFunctions):
         self._result = result
         return flow
 
-    def _guarded(self, node: ast.Try) -> Flow:
+    def _try(self, node: ast.Try) -> Flow:
         depth, scope = self._depth, self.scope
         try:
             flow = self.execute_all(node.body)

@@ -94,7 +94,8 @@ class Walk:
     def _fetch(self, node: PathNode, function: Any, arguments: Any, keywords: Any) -> Any:
         given: list[Any] = leaves(arguments, _TENSOR)
         rest = arguments[len(given) :]
-        plain = all(isinstance(a, _TENSOR) for a in arguments[: len(given)]) and not keywords
+        plain = all(isinstance(a, _TENSOR) for a in arguments[: len(given)])
+        plain = plain and all(given is None for given in keywords.values())  # as `repr` passes on what it was not given
         if node.sample is None or not plain:
             raise refuse("tensor_fetch", f"what {display_name(function)} gives is not known before it is run")
         self.fetches.append(Fetch(node.depth, function, rest, node.sample))

@@ -14,6 +14,7 @@ from benchmarks.programs import Program
 from twofold.backends.replay import ReplayExecutable
 from twofold.capture.intercept import unheard
 from twofold.capture.number_feeds import number_tensor
+from twofold.capture.trace import Slot
 from twofold.convert.refusals import Refused
 from twofold.convert.speculation.convert import speculate
 from twofold.convert.speculation.speculation import Assumption, Speculation, give, read, step
@@ -63,6 +64,9 @@ class Run:
             with torch.no_grad():
                 self.run.launch_through(self.program.positions[event])
                 values = [self.run.value(value) for value in self.program.fetches[event]]
+                shown = self.path.nodes[event].event.arguments[0]
+                if function in (torch.Tensor.__repr__, torch.Tensor.__format__) and isinstance(shown, Slot):
+                    values = [with_freed_history(values[0], self.made(shown.index).grad_function)]
                 with unheard():
                     self.answers[event] = function(*values, *rest)
         return self.answers[event]
@@ -82,9 +86,13 @@ class Run:
             self.run.launch_through(self.program.unit_segments)
             self.run.commit_gradients()
 
+    def made(self, slot: int) -> Any:
+        event = self.path.maker_of(slot).event
+        return event.made[slot - event.first_slot]
+
     def tensor(self, slot: int) -> torch.Tensor:
         if slot not in self.tensors:
-            made = self.path.maker_of(slot).event.made[slot - self.path.maker_of(slot).event.first_slot]
+            made = self.made(slot)
             with torch.no_grad():
                 value = self.run.owned_value(self.program.escapes[slot])
             if made.requires_grad and made.grad_function:
