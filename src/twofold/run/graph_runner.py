@@ -148,6 +148,8 @@ class GraphRunner:
         self.program = installed.program
         self.environment: Environment = dict(installed.statics)
         self.launched = 0
+        self.saves_last = False
+        """Whether the last segment shall be undone too, if `discard` comes after it."""
         self._feeds = feeds
         self._given = given
         self._saved: dict[Value, torch.Tensor] = {}
@@ -164,7 +166,8 @@ class GraphRunner:
         while self.launched < count:
             index = self.launched
             is_last = index == program.unit_segments - 1
-            self._save(self.installed.written_early if is_last and not self._saved else self.installed.written[index])
+            is_kept = is_last and not self._saved and not self.saves_last
+            self._save(self.installed.written_early if is_kept else self.installed.written[index])
             for value, number in program.feeds.items():
                 if number in self._feeds:
                     self.environment[value] = self._feeds[number]
