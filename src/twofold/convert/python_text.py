@@ -9,7 +9,7 @@ from typing import Any
 
 from twofold.graph import Node
 
-from .from_source.targets import apply, method
+from .targets import apply, method
 
 INFIX: dict[Any, str] = {
     operator.add: "+",
