@@ -58,6 +58,7 @@ from .trace import (
     Trace,
     leaves,
     map_leaves,
+    sample_of,
 )
 
 MAX_EVENTS = 20_000
@@ -319,7 +320,7 @@ class Recorder:
         """Add a fetch whose value Python already has."""
         if self.trace.refusal is None:
             templates = self._templates(tuple(leaves((arguments, keywords), _TENSOR)), {})
-            self._append("fetch", event.function, templates, None, event.ambient, event.origin, ())
+            self._append("fetch", event.function, templates, event.sample, event.ambient, event.origin, ())
 
     def rename(self, tensor: torch.Tensor, placeholder: torch.Tensor) -> None:
         """Take note that `placeholder` is now the object that `tensor` was."""
@@ -654,7 +655,18 @@ class Recorder:
 
         template = None if kind == "fetch" else map_leaves(result, _TENSOR, outcome)
         self.trace.events.append(
-            Event(kind, function, *templates, template, tuple(made), first, ambient, origin, operations)
+            Event(
+                kind,
+                function,
+                *templates,
+                template,
+                tuple(made),
+                first,
+                ambient,
+                origin,
+                operations,
+                sample_of(result) if kind == "fetch" else None,
+            )
         )
 
 

@@ -123,6 +123,7 @@ class PathNode:
         "placeholders",
         "refusals",
         "roles",
+        "sample",
         "streak",
     )
 
@@ -141,6 +142,8 @@ class PathNode:
         """Of a root: the iteration from which units are looked at again."""
         self.streak = 0
         """Of a fetch: units in a row that went on from here as predicted."""
+        self.sample: Any = None
+        """Of a fetch: what it gave Python last, or once."""
         self.placeholders: list[torch.Tensor | None] = []
         self.answers_at_once = False
         """Whether to return its one placeholder is all there is to do."""
@@ -266,6 +269,7 @@ class TraceGraph:
                     return None
                 child = self._grow(node, event, trace)
             node = child
+            node.sample = event.sample if event.sample is not None else node.sample
             nodes.append(node)
         if node.end is None:
             node.end = Path(tuple(nodes), trace)
