@@ -158,7 +158,7 @@ class _Driver:
             account.graph_iterations += 1
             account.graph_calls += path.call_count
             self._new_in_a_row = 0
-            self.graph.root(signature).refusals = 0
+            path.nodes[0].parent.refusals = 0  # type: ignore[union-attr]
             path.units += 1
             account.span("graph", account.backend, int(self._began * 1e9), int((self._began + seconds) * 1e9))
             if self._timing:
