@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -121,3 +122,17 @@ def launch(unit: Unit, undoable: bool) -> None:
 def commit(unit: Unit) -> None:
     """See `Unit.commit`."""
     unit.commit()
+
+
+def metadata(found: torch.Tensor) -> tuple[Any, ...]:
+    """Describe all of a tensor but its contents: what Python may have asked it for."""
+    return tuple(found.shape), found.dtype, found.device, found.requires_grad, found.is_leaf, found.stride()
+
+
+_HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def unhooked(module: torch.nn.Module) -> bool:
+    """Whether calling a module calls its class's `forward` and nothing else."""
+    state = module.__dict__
+    return not any(_HOOKS(state)) and "forward" not in state and state.get("_compiled_call_impl") is None
