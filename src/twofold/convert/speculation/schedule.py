@@ -23,7 +23,9 @@ from typing import Any
 from twofold.convert.from_traces import Program
 from twofold.convert.segments import root_of, written_roots
 from twofold.graph import Constant, Graph, Node, Value, verify
+from twofold.graph.effects import target_has_effect
 
+from .library import is_pure
 from .speculation import commit, equal, give, instance, launch, read, step, tensor
 
 GUARD, BETWEEN, AFTER_LAUNCH = range(3)
@@ -39,12 +41,13 @@ NEVER_RAISES: frozenset[Any] = frozenset(
 )  # fmt: skip
 """Calls that do not raise for the kinds of values they are made with: numbers that are read, texts, what was built."""
 
+_ON_UNIT = frozenset({give, read, step, tensor, launch, commit})
 _OF_IDENTITY = frozenset({operator.is_, operator.is_not, type, isinstance, id})
 _DIVISIONS = frozenset({operator.truediv, operator.floordiv, operator.mod})
 
 
 class Unschedulable(Exception):
-    """A check needs what an effect changes. `node` is what it needs."""
+    """A check needs what an effect makes or changes. `node` is what it needs."""
 
     def __init__(self, reason: str, node: Node) -> None:
         super().__init__(reason)
@@ -75,13 +78,13 @@ def schedule(graph: Graph, in_place: Collection[int] = ()) -> Graph:
 
 
 def is_effect(node: Node) -> bool:
-    """Whether a node of a host graph is done for its effect on the heap or the world: a write, or a call for nothing.
-
-    A call that has a result can be noticed by that alone.
-    """
+    """Whether a node of a host graph is done for its effect on the heap or the world: a write, or an unknown call."""
     if node.op in ("set_attr", "set_item"):
         return True
-    return node.op == "call" and not node.results and node.target not in (give, step, launch, commit)
+    if node.op != "call" or node.target in _ON_UNIT:
+        return False
+    target: Any = node.target
+    return not node.results or (not is_pure(target) and target_has_effect(target))
 
 
 class _Schedule:
@@ -132,6 +135,8 @@ class _Schedule:
     def _require(self, index: int) -> None:
         for needed in self._closure(index):
             node = self.graph.nodes[needed]
+            if is_effect(node):
+                raise Unschedulable("a check needs what an effect returns", node)
             if node.op != "assert" and self.passes.notices(needed):
                 raise Unschedulable("a check reads what an effect before it has changed", node)
             if node.target in (give, step) and self.stages[needed] == AFTER_LAUNCH:
