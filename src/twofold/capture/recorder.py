@@ -656,7 +656,15 @@ class Recorder:
         template = None if kind == "fetch" else map_leaves(result, _TENSOR, outcome)
         self.trace.events.append(
             Event(
-                kind, function, *templates, template, tuple(made), first, ambient, origin, operations,
+                kind,
+                function,
+                *templates,
+                template,
+                tuple(made),
+                first,
+                ambient,
+                origin,
+                operations,
                 sample_of(result) if kind == "fetch" else None,
             )
         )

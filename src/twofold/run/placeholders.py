@@ -46,7 +46,10 @@ FREED_MESSAGE = (
 
 @functools.cache
 def _freed_history(name: str) -> Any:
-    """Return an autograd function whose node has eager's name and, like eager's, nothing left to differentiate."""
+    """Return `apply` of an autograd function whose node has eager's name and, like eager's, nothing to differentiate.
+
+    PyTorch's own, without the Python around it, which looks for what is not there: defaults, `setup_context`.
+    """
 
     class Freed(torch.autograd.Function):
         @staticmethod
@@ -59,7 +62,7 @@ def _freed_history(name: str) -> Any:
             raise RuntimeError(FREED_MESSAGE)
 
     Freed._backward_cls.__name__ = name  # type: ignore[attr-defined]
-    return Freed
+    return super(torch.autograd.Function, Freed).apply  # type: ignore[misc]
 
 
 @functools.cache
@@ -69,8 +72,10 @@ def _leaf() -> torch.Tensor:
 
 def with_freed_history(value: torch.Tensor, name: str) -> torch.Tensor:
     """Return `value` as a tensor that requires a gradient and whose graph was freed, as after `backward()`."""
+    if torch.is_grad_enabled():
+        return _freed_history(name)(value, _leaf())
     with torch.enable_grad():
-        return _freed_history(name).apply(value, _leaf())
+        return _freed_history(name)(value, _leaf())
 
 
 def _reference_counts(tensors: list[torch.Tensor]) -> list[int]:

@@ -12,9 +12,8 @@ from functools import cached_property
 from types import FunctionType
 from typing import Any
 
-from twofold.graph import Origin
-
 from twofold.convert.refusals import Refusal, Refused
+from twofold.graph import Origin
 
 
 class Recursive:

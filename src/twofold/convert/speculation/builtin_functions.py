@@ -55,7 +55,9 @@ class BuiltinFunctions(Expressions):
 
     def _do_callable(self, arguments: list[Item], _: dict[str, Item]) -> Item:
         item = arguments[0]
-        return Known(callable(item.object) if isinstance(item, Known | Outside) else not isinstance(item, Dynamic | Tensor))
+        return Known(
+            callable(item.object) if isinstance(item, Known | Outside) else not isinstance(item, Dynamic | Tensor)
+        )
 
     def _do_len(self, arguments: list[Item], _: dict[str, Item]) -> Item:
         return self.length(arguments[0])
@@ -249,7 +251,8 @@ class BuiltinFunctions(Expressions):
     def _holds_tensors(self, item: Sequence | Mapping) -> bool:
         held = item.items if isinstance(item, Sequence) else list(item.entries.values())
         return any(
-            isinstance(one, Tensor) or (isinstance(one, Sequence | Mapping) and self._holds_tensors(one)) for one in held
+            isinstance(one, Tensor) or (isinstance(one, Sequence | Mapping) and self._holds_tensors(one))
+            for one in held
         )
 
     def method_of_object(self, item: Item, function: Any, arguments: list[Item], keywords: dict[str, Item]) -> Item:

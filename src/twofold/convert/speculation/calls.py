@@ -187,7 +187,9 @@ class Calls(Containers):
             place = Place(f"{function.__name__}.{name}[{key}]", (id(function), name, key), False)
             if isinstance(held, bool | int | float | str | type(None)):
                 return Known(held)
-            return self.heap.item(held, self.host.fetch("get_item", self.host.fetch("get_attr", root, name), key), place)
+            return self.heap.item(
+                held, self.host.fetch("get_item", self.host.fetch("get_attr", root, name), key), place
+            )
 
         return read
 
@@ -211,7 +213,9 @@ class Calls(Containers):
         if arguments.kwarg is not None:
             variables[arguments.kwarg.arg] = Mapping(dict, dict(rest))
         elif rest:
-            raise self.refuse("raises", f"TypeError: {closure.code.name}() got an unexpected argument {next(iter(rest))}")
+            raise self.refuse(
+                "raises", f"TypeError: {closure.code.name}() got an unexpected argument {next(iter(rest))}"
+            )
         missing = {*positional, *(a.arg for a in arguments.kwonlyargs)} - variables.keys()
         if missing:
             raise self.refuse("raises", f"TypeError: {closure.code.name}() misses the argument {min(missing)}")
@@ -344,9 +348,7 @@ class Calls(Containers):
         self._settle([])
         return NONE
 
-    def native(
-        self, function: Any, arguments: list[Item], keywords: dict[str, Item], owner: Any = None
-    ) -> Item:
+    def native(self, function: Any, arguments: list[Item], keywords: dict[str, Item], owner: Any = None) -> Item:
         """Call a torch function under the listener, with placeholders for what the unit makes."""
         if self.walk.path is not None:
             return self._call_late(function, arguments, keywords, owner)
@@ -603,4 +605,3 @@ def _differ(left: Any, right: Any) -> bool:
     if isinstance(left, np.ndarray):
         return left is not right
     return left is not right and repr(left) != repr(right)
-

@@ -53,7 +53,9 @@ class Containers(Objects):
         result = self._change_items(item.items, name, arguments, keywords)
         if item.value is not None:
             given = [self.host.argument(argument) for argument in arguments]
-            self.host.effect(getattr(list, name), item.value, *given, **{k: self.host.argument(v) for k, v in keywords.items()})
+            self.host.effect(
+                getattr(list, name), item.value, *given, **{k: self.host.argument(v) for k, v in keywords.items()}
+            )
         return result
 
     def _change_items(self, items: list[Item], name: str, arguments: list[Item], keywords: dict[str, Item]) -> Item:
@@ -274,7 +276,9 @@ class Containers(Objects):
                 late = id(item.object) in self.heap.changed
                 given = [self.host.nested(argument) for argument in arguments]
                 samples = [self.heap.copy_of(item.object), *map(self.sample, arguments)]
-                return Dynamic(self.dry_run(function, samples, {}), self.host.call(function, item.value, *given, late=late))
+                return Dynamic(
+                    self.dry_run(function, samples, {}), self.host.call(function, item.value, *given, late=late)
+                )
 
 
 _DEQUE = ("append", "appendleft", "extend", "extendleft", "pop", "popleft", "clear", "rotate")

@@ -110,9 +110,7 @@ class _Conversion:
             place = Place(names[index] if index < len(names) else f"argument {index}", ("argument", index), True)
             positional.append(heap.item(held, host.fetch("get_item", host.arguments, index), place))
         if keywords:
-            host.assume_value(
-                host.call(tuple, host.keywords), tuple(keywords), Place("the keywords", "keywords", True)
-            )
+            host.assume_value(host.call(tuple, host.keywords), tuple(keywords), Place("the keywords", "keywords", True))
         else:
             host.assume_length(host.keywords, 0, Place("the number of keywords", "keywords", True))
         named = {
@@ -146,4 +144,3 @@ def _parameter_names(function: Any) -> tuple[str, ...]:
 def _restore(ambient: Any) -> None:
     if torch.is_grad_enabled() != ambient.grad:
         torch._C._set_grad_enabled(ambient.grad)
-

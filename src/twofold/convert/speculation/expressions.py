@@ -14,7 +14,22 @@ import torch
 
 from .calls import Calls
 from .heap import is_value
-from .items import NONE, Closure, Dynamic, Instance, Item, Known, Mapping, Method, Outside, Place, Scope, Sequence, Stream, Tensor
+from .items import (
+    NONE,
+    Closure,
+    Dynamic,
+    Instance,
+    Item,
+    Known,
+    Mapping,
+    Method,
+    Outside,
+    Place,
+    Scope,
+    Sequence,
+    Stream,
+    Tensor,
+)
 from .library import find_in_class
 from .objects import DICTS, LISTS, Raised
 
@@ -321,7 +336,9 @@ class Expressions(Calls):
         if own is not None:
             return own
         for one in (left, right):
-            if isinstance(one, Outside | Instance) and not isinstance(getattr(one, "object", None), (*LISTS, *DICTS, set)):
+            if isinstance(one, Outside | Instance) and not isinstance(
+                getattr(one, "object", None), (*LISTS, *DICTS, set)
+            ):
                 if method in ("__eq__", "__ne__"):
                     return self._identical(left, right, method == "__eq__")
                 raise self.refuse("unsupported_object", f"compares {self.describe(one)}")

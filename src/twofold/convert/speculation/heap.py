@@ -85,8 +85,10 @@ class Heap:
         known = self._known.get(address)
         if known is None:
             held = getattr(holder.object, key) if op == "get_attr" else holder.object[key]
-            place = holder.place.attribute(holder.object, key) if op == "get_attr" else holder.place.item(
-                holder.object, key
+            place = (
+                holder.place.attribute(holder.object, key)
+                if op == "get_attr"
+                else holder.place.item(holder.object, key)
             )
             value = self._host.fetch(op, holder.value, constant(key), late=id(holder.object) in self.changed)
             known = self.item(held, value, place)

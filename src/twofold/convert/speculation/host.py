@@ -224,7 +224,9 @@ class Host:
         match item:
             case Listed() if item.kind in (list, tuple) and item.value is None:
                 return item.kind(self.nested(inner) for inner in item.items)
-            case Mapping() if item.kind is dict and item.value is None and all(type(k) in SCALAR_TYPES for k in item.entries):
+            case Mapping() if (
+                item.kind is dict and item.value is None and all(type(k) in SCALAR_TYPES for k in item.entries)
+            ):
                 return {key: self.nested(inner) for key, inner in item.entries.items()}
             case _:
                 return self.argument(item)
@@ -289,4 +291,3 @@ def shown(held: Any) -> str:
     if isinstance(held, bool | int | float | complex | str | tuple | type(None)):
         return repr(held)[:80]
     return getattr(held, "__qualname__", None) or f"a {type(held).__qualname__}"
-

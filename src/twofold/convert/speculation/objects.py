@@ -617,4 +617,3 @@ def is_data(held: Any) -> bool:
 
 def _is_array(held: Any) -> bool:
     return isinstance(held, np.ndarray)
-

@@ -63,6 +63,13 @@ class Unit(Protocol):
 
     def tensor(self, slot: int) -> torch.Tensor:
         """Return the tensor that a call of the unit made, for Python to keep: one object for each slot."""
+        ...
+
+    def launch(self, undoable: bool) -> None:
+        """Launch what is left of the unit. `undoable`: a check that follows may still undo all of it."""
+
+    def commit(self) -> None:
+        """Make the unit's state the program's. Nothing can be undone any more."""
 
 
 def give(unit: Unit, index: int, given: Any) -> None:
@@ -105,6 +112,16 @@ def instance(kind: type, attributes: dict[str, Any]) -> Any:
     made = object.__new__(kind)
     made.__dict__.update(attributes)
     return made
+
+
+def launch(unit: Unit, undoable: bool) -> None:
+    """See `Unit.launch`. This and `commit` are put in by the schedule."""
+    unit.launch(undoable)
+
+
+def commit(unit: Unit) -> None:
+    """See `Unit.commit`."""
+    unit.commit()
 
 
 def metadata(found: torch.Tensor) -> tuple[Any, ...]:

@@ -137,7 +137,11 @@ class Walk:
         """Answer the start of `optimizer.step()`; see `Listener`."""
         node = next((c for c in self.node.children if _steps(c, optimizer)), None)
         path = None if node is None else node.latest
-        plan = None if path is None or path.program is None else path.program.optimizers.get(-1 if node is None else node.depth)
+        plan = (
+            None
+            if path is None or path.program is None
+            else path.program.optimizers.get(-1 if node is None else node.depth)
+        )
         if node is None or plan is None or len(arguments) != 1 or keywords:
             raise refuse("no_graph", f"no known path goes on with {type(optimizer).__name__}.step")
         if has_step_hooks(optimizer):
