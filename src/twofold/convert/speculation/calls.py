@@ -26,6 +26,7 @@ from twofold.capture.recorder import current_ambient
 from twofold.capture.trace import External, leaves
 from twofold.capture.trace_graph import PathNode
 from twofold.convert.refusals import Refusal, Refused
+from twofold.graph import Argument
 
 from .containers import Containers
 from .heap import Heap
@@ -47,7 +48,7 @@ from .items import (
     Super,
     Tensor,
 )
-from .library import CONTEXTS, PURE, find_in_class, is_overridable, is_plain_class, is_torch
+from .library import CONTEXTS, PURE, find_in_class, is_change, is_overridable, is_plain_class, is_torch
 from .objects import DICTS, LISTS
 from .source import Code
 from .speculation import metadata, unhooked
@@ -73,6 +74,8 @@ class Calls(Containers):
         """Tensors of library modules, by `id`, that are assumed to be where they are."""
         self.slot_items: dict[int, Tensor] = {}
         self._events = 0
+        self._tensors_changed = False
+        """Whether the call has written to tensors after its unit."""
 
     def run(self, code: Code, scope: Scope) -> Item:
         """Run the body of a function."""
@@ -535,9 +538,27 @@ class Calls(Containers):
                 raise self.refuse("unsupported_call", f"reads .{name} of a tensor")
             self._note_measured(items)
             return Known(result)
-        nested = {name: self.host.nested(item) for name, item in keywords.items()}
-        value = self.host.call(function, *map(self.host.nested, arguments), late=True, ambient=current_ambient(), **nested)
+        if is_change(function):
+            self._tensors_changed = True
+            self.host.effect(function, *map(self.host.nested, arguments), **self._nested_all(keywords))
+            return arguments[0]
+        given = [self.host.nested(self._settled(item)) for item in arguments]
+        named = self._nested_all({name: self._settled(item) for name, item in keywords.items()})
+        value = self.host.call(function, *given, ambient=current_ambient(), late=self._tensors_changed, **named)
         return self._wrap_late(result, value)
+
+    def _nested_all(self, keywords: dict[str, Item]) -> dict[str, Argument]:
+        return {name: self.host.nested(item) for name, item in keywords.items()}
+
+    def _settled(self, item: Item) -> Item:
+        """Return an item with what the unit may still write to taken as the unit leaves it."""
+        match item:
+            case Tensor() if item.slot is None and item.value is not None and item.value not in self.host.from_unit:
+                return Tensor(item.sample, None, self.host.settled(item.value), item.place)
+            case Sequence() if item.kind in (list, tuple) and item.value is None:
+                return Sequence(item.kind, list(map(self._settled, item.items)))
+            case _:
+                return item
 
     def _late_sample(self, item: Item) -> Any:
         if isinstance(item, Tensor):
@@ -561,7 +582,7 @@ class Calls(Containers):
             return Tensor(result, None, value, self.here())
         if isinstance(result, tuple | list) and not isinstance(result, torch.Size):
             items = [
-                self._wrap_late(inner, self.host.fetch("get_item", value, index, late=True))
+                self._wrap_late(inner, self.host.fetch("get_item", value, index))
                 for index, inner in enumerate(result)
             ]
             return Sequence(type(result), items, value if isinstance(result, list) else None)

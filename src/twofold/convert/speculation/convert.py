@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import types
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from twofold.capture.recorder import current_ambient
 from twofold.capture.trace_graph import Signature, TraceGraph
-from twofold.convert.refusals import Refusal, Refused
+from twofold.convert.refusals import Refusal, Refused, line_of
 
 from .heap import Heap, Relax
 from .host import Host
@@ -48,10 +49,15 @@ def speculate(
         except Relax as found:
             relaxed |= frozenset(found.locations)
         except Refused as refused:
-            refusal = refused.refusal
+            refusal = with_line(refused.refusal)
             break
     # Raised anew, because the traceback of the first holds placeholders, whose references the skeleton counts.
     raise Refused(refusal or Refusal("unsupported_object", "what the call reads changes each time it is looked at"))
+
+
+def with_line(refusal: Refusal) -> Refusal:
+    """Return a refusal with the text of its source line."""
+    return refusal if refusal.line or refusal.origin is None else replace(refusal, line=line_of(refusal.origin))
 
 
 class _Conversion:

@@ -28,7 +28,7 @@ from twofold.graph import (
 from .items import Dynamic, Instance, Item, Known, Mapping, Outside, Place, Tensor
 from .items import Sequence as Listed
 from .library import is_pure
-from .speculation import Assumption, AssumptionKind, Speculation, equal, give, instance, read, step, tensor
+from .speculation import Assumption, AssumptionKind, Speculation, equal, give, instance, read, settled, step, tensor
 
 _DEFAULT = Ambient()
 
@@ -45,12 +45,15 @@ class Host:
         self.origin: Origin | None = None
         self.assumptions: list[Assumption] = []
         self.late: set[Value] = set()
-        """Values that are known only when the unit has run, or that effects come before."""
+        """Values that effects of the call come before."""
+        self.from_unit: set[Value] = set()
+        """Values that are known only when the unit has run to its end."""
         self._roots: dict[int, tuple[Value, Any]] = {}
         self._assumed: set[Hashable] = set()
         self._types: dict[Value, Value] = {}
         self._handed: dict[int, Value] = {}
         self._given: set[int] = set()
+        self._settled: dict[Value, Value] = {}
 
     # ---- nodes -------------------------------------------------------------------------------------------
 
@@ -90,8 +93,11 @@ class Host:
         self._graph.node(op, None, (holder, key, value), origin=self.origin)
 
     def _note(self, made: Value, late: bool, *arguments: Argument) -> Value:
-        if late or any(value in self.late for value in values_in(arguments)):
+        operands = set(values_in(arguments))
+        if late or not operands.isdisjoint(self.late):
             self.late.add(made)
+        if not operands.isdisjoint(self.from_unit):
+            self.from_unit.add(made)
         return made
 
     # ---- the unit ----------------------------------------------------------------------------------------
@@ -101,6 +107,8 @@ class Host:
         if index not in self._given:
             self._given.add(index)
             self._require_early(given)
+            if given in self.from_unit:
+                raise Refused(Refusal("several_units", "tensor work needs what the unit before it made", self.origin))
             self.effect(give, self.unit, index, given)
 
     def read(self, event: int, function: Any, rest: tuple[Any, ...]) -> Value:
@@ -115,7 +123,16 @@ class Host:
         """Return the tensor of a slot, for Python to keep."""
         known = self._handed.get(slot)
         if known is None:
-            known = self._handed[slot] = self.call(tensor, self.unit, slot, late=True)
+            known = self._handed[slot] = self.call(tensor, self.unit, slot)
+            self.from_unit.add(known)
+        return known
+
+    def settled(self, value: Value) -> Value:
+        """Return a tensor from outside as the unit leaves it."""
+        known = self._settled.get(value)
+        if known is None:
+            known = self._settled[value] = self.call(settled, self.unit, value)
+            self.from_unit.add(known)
         return known
 
     @property
@@ -192,7 +209,7 @@ class Host:
 
     def _require_early(self, value: Value) -> None:
         if value in self.late:
-            text = "what the call does next depends on a value that is known only after its last graph has run"
+            text = "what the call does next depends on something that the call itself changes in place"
             raise Refused(Refusal("late_decision", text, self.origin))
 
     # ---- items as arguments ------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.overrides import get_overridable_functions
 
 from twofold.graph.names import known_name
 
-from .speculation import equal, instance, metadata, read, tensor, unhooked
+from .speculation import equal, instance, metadata, read, settled, tensor, unhooked
 
 _BUILTINS = (
     "abs ascii bin bool bytes chr complex dict divmod float format frozenset hash hex int isinstance len list max min"
@@ -61,7 +61,7 @@ PURE: Final[frozenset[Any]] = frozenset(
 )
 """Functions of Python values that depend on nothing else and change nothing."""
 
-UNIT_READS: Final[frozenset[Any]] = frozenset({read, tensor})
+UNIT_READS: Final[frozenset[Any]] = frozenset({read, settled, tensor})
 """What asks the unit, and changes nothing that the program can see."""
 
 CONTEXTS: Final[tuple[type, ...]] = (
@@ -99,6 +99,21 @@ def is_torch(function: Any) -> bool:
         return module == "torch" or module.startswith("torch.")
     owner = getattr(function, "__objclass__", None)
     return owner is not None and issubclass(owner, torch.Tensor)
+
+
+def is_change(function: Any) -> bool:
+    """Whether a torch function writes to its first argument."""
+    name = getattr(function, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("__setitem__", "setattr") or (name.startswith("__i") and name not in _I_NAMES) or (
+        _is_operator(function) and name in _IN_PLACE_OPERATORS
+    )
+
+
+_I_NAMES = frozenset({"__invert__", "__iter__", "__int__", "__index__", "__init__"})
+_IN_PLACE_OPERATORS = frozenset(
+    "iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem".split()
+)
 
 
 def is_overridable(function: Any) -> bool:

@@ -26,7 +26,7 @@ from twofold.graph import Constant, Graph, Node, Value, verify
 from twofold.graph.effects import target_has_effect
 
 from .library import is_pure
-from .speculation import commit, equal, give, instance, launch, read, step, tensor
+from .speculation import commit, equal, give, instance, launch, read, settled, step, tensor
 
 GUARD, BETWEEN, AFTER_LAUNCH = range(3)
 """The stages of what may still find that the call is another one."""
@@ -36,12 +36,12 @@ NEVER_RAISES: frozenset[Any] = frozenset(
         operator.add, operator.sub, operator.mul, operator.neg, operator.pos, operator.not_, operator.truth,
         operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.is_, operator.is_not,
         type, isinstance, len, abs, min, max, bool, str, repr, format, tuple, list, dict, set, id, equal, instance,
-        read, tensor,
+        read, settled, tensor,
     }
 )  # fmt: skip
 """Calls that do not raise for the kinds of values they are made with: numbers that are read, texts, what was built."""
 
-_ON_UNIT = frozenset({give, read, step, tensor, launch, commit})
+_ON_UNIT = frozenset({give, read, step, tensor, settled, launch, commit})
 _OF_IDENTITY = frozenset({operator.is_, operator.is_not, type, isinstance, id})
 _DIVISIONS = frozenset({operator.truediv, operator.floordiv, operator.mod})
 
@@ -161,7 +161,7 @@ class _Schedule:
 def _own_stage(node: Node) -> int:
     if node.target in (read, step):
         return BETWEEN
-    return AFTER_LAUNCH if node.target is tensor else GUARD
+    return AFTER_LAUNCH if node.target in (tensor, settled) else GUARD
 
 
 def _is_read_of(node: Node, events: Collection[int]) -> bool:

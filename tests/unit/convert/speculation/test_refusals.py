@@ -108,17 +108,6 @@ def custom_setattr(parts: Parts) -> Callable[..., Any]:
     return step
 
 
-@refused("late_decision", "if loss.item() > 0")
-def decision_after_the_unit(parts: Parts) -> Callable[..., Any]:
-    def step(number, x, y):
-        loss = parts.train(x, y)
-        if loss.item() > 0:
-            parts.seen["positive"] = True
-        return loss
-
-    return step
-
-
 @refused("foreign_function", "open(")
 def files(parts: Parts) -> Callable[..., Any]:
     def step(number, x, y):
@@ -128,7 +117,7 @@ def files(parts: Parts) -> Callable[..., Any]:
     return step
 
 
-@refused("unsupported_object", "param_groups[0]")
+@refused("unsupported_object", "self.optimizer.step()")
 def learning_rate_set_before_the_step(parts: Parts) -> Callable[..., Any]:
     def step(number, x, y):
         parts.optimizer.param_groups[0]["lr"] = 0.1 / (number + 1)
