@@ -413,6 +413,8 @@ class Recorder:
             tensor = reference()
             if tensor is not None:
                 trace.escapes[slot] = _history(tensor, self._freed)
+                if tensor.numel() == 1:
+                    trace.samples[slot] = tensor.detach().item()
         if trace.history is not None:  # what autograd alone still holds is live too, and no output
             others = [slot for slot, state in trace.escapes.items() if state == "live"]
             for slot in set(others) - set(trace.history.outputs):

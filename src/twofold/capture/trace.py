@@ -192,6 +192,8 @@ class Trace:
     gradients: list[Gradient] = field(default_factory=list)
     escapes: dict[int, str] = field(default_factory=dict)
     """Slots that outlived the unit, with the state of their autograd history: none, freed or live."""
+    samples: dict[int, Any] = field(default_factory=dict[int, Any])
+    """What those of one element held."""
     history: History | None = None
     """The history of live escapes, if it was recorded."""
     first_random: int | None = None

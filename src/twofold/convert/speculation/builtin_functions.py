@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
+import itertools
 import logging
 import operator
 import types
@@ -128,6 +129,16 @@ class BuiltinFunctions(Expressions):
     def _do_filter(self, arguments: list[Item], _: dict[str, Item]) -> Item:
         function, source = arguments
         return Stream(item for item in self.iterate(source) if self.truth(self.call(function, [item], {})))
+
+    def _do_islice(self, arguments: list[Item], _: dict[str, Item]) -> Item:
+        return Stream(itertools.islice(self.iterate(arguments[0]), *map(self.known, arguments[1:])))
+
+    def _do_chain(self, arguments: list[Item], _: dict[str, Item]) -> Item:
+        return Stream(item for argument in arguments for item in self.iterate(argument))
+
+    def _do_product(self, arguments: list[Item], _: dict[str, Item]) -> Item:
+        pools = [list(self.iterate(argument)) for argument in arguments]
+        return Stream(Sequence(tuple, list(row)) for row in itertools.product(*pools))
 
     def _do_iter(self, arguments: list[Item], _: dict[str, Item]) -> Item:
         if len(arguments) != 1:
@@ -297,6 +308,7 @@ _SPECIAL: dict[Any, str] = {
         "isinstance type callable len getattr hasattr setattr super enumerate zip reversed map filter iter next list"
         " tuple any all sum min max sorted range bool str repr format print"
     ).split()
-} | {functools.partial: "partial", operator.setitem: "setitem", types.FunctionType.__get__: "bind"}
+} | {functools.partial: "partial", operator.setitem: "setitem", types.FunctionType.__get__: "bind",
+     itertools.islice: "islice", itertools.chain: "chain", itertools.product: "product"}
 
 __all__ = ["LASTING", "BuiltinFunctions", "Instance", "constant"]

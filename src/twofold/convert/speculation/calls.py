@@ -19,14 +19,15 @@ from torch import nn
 from torch.nn.modules import module as _hooks
 from torch.optim.optimizer import Optimizer
 
-from twofold.capture.functions import FROM_HOST_DATA, METADATA
+from twofold.capture.functions import FROM_HOST_DATA, METADATA, display_name
 from twofold.capture.intercept import Interception, unheard
 from twofold.capture.leaf_modules import LEAVES, leaf_call
 from twofold.capture.recorder import current_ambient
 from twofold.capture.trace import External, leaves
 from twofold.capture.trace_graph import PathNode
 from twofold.convert.refusals import Refusal, Refused
-from twofold.graph import Argument
+from twofold.graph import Argument, TensorSpec
+from twofold.graph.effects import target_has_effect
 
 from .containers import Containers
 from .heap import Heap
@@ -48,7 +49,7 @@ from .items import (
     Super,
     Tensor,
 )
-from .library import CONTEXTS, PURE, find_in_class, is_change, is_overridable, is_plain_class, is_torch
+from .library import CONTEXTS, PURE, find_in_class, is_change, is_overridable, is_plain_class, is_pure, is_torch
 from .objects import DICTS, LISTS
 from .source import Code
 from .speculation import metadata, unhooked
@@ -525,6 +526,8 @@ class Calls(Containers):
         items = [*arguments, *keywords.values()]
         if owner is not None or function in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
             raise self.refuse("several_units", "the call goes on with another step")
+        if function is not getattr and target_has_effect(function) and not (is_pure(function) or is_change(function)):
+            raise self.refuse("foreign_function", f"calls {display_name(function)} after the last optimizer step")
         given = [self._late_sample(item) for item in arguments]
         named = {name: self._late_sample(item) for name, item in keywords.items()}
         with unheard():
@@ -532,12 +535,8 @@ class Calls(Containers):
         if function in METADATA and not isinstance(result, torch.Tensor):
             self._note_measured(items)
             return Known(result)
-        if function is getattr and not isinstance(result, torch.Tensor):
-            name = self.known(arguments[1])
-            if name not in ("shape", "dtype", "device", "ndim", "requires_grad", "layout"):
-                raise self.refuse("unsupported_call", f"reads .{name} of a tensor")
-            self._note_measured(items)
-            return Known(result)
+        if function is getattr:
+            return self._attribute_late(arguments[0], self.known(arguments[1]), result)
         if is_change(function):
             self._tensors_changed = True
             self.host.effect(function, *map(self.host.nested, arguments), **self._nested_all(keywords))
@@ -560,22 +559,29 @@ class Calls(Containers):
             case _:
                 return item
 
+    def _attribute_late(self, item: Item, name: str, result: Any) -> Item:
+        if isinstance(result, torch.Tensor) and name in ("T", "mT", "H", "mH", "data", "real", "imag"):
+            settled = self.host.nested(self._settled(item))
+            return self._wrap_late(result, self.host.fetch("get_attr", settled, name, late=self._tensors_changed))
+        if name not in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "itemsize", "nbytes"):
+            raise self.refuse("unsupported_call", f"reads .{name} of a tensor after the last optimizer step")
+        self._note_measured([item])
+        return Known(result)
+
     def _late_sample(self, item: Item) -> Any:
-        if isinstance(item, Tensor):
-            made = self.graph_made(item)
-            shape, dtype, device, requires_grad = made
-            with unheard():
-                return torch.zeros(shape, dtype=dtype, device=device, requires_grad=requires_grad)
         if isinstance(item, Sequence) and item.kind in (list, tuple):
             return item.kind(self._late_sample(inner) for inner in item.items)
-        return self.sample(item)
-
-    def graph_made(self, item: Tensor) -> tuple[Any, ...]:
-        """Return shape, dtype, device and whether a gradient is required."""
-        sample = item.sample
-        known = self.walk.graph.placeholders.get(id(sample))
-        requires_grad = sample.requires_grad if known is None else known[1].requires_grad
-        return tuple(sample.shape), sample.dtype, sample.device, requires_grad and sample.is_floating_point()
+        if not isinstance(item, Tensor):
+            return self.sample(item)
+        with unheard(), torch.no_grad():
+            if item.slot is None and item.value in self.host.from_unit:
+                return item.sample.clone()  # made by a dry run
+            known = self.walk.graph.placeholders.get(id(item.sample))
+            spec = TensorSpec.of(item.sample) if known is None else known[1].spec
+            shape = [size for size in spec.shape if size is not None]
+            seen = None if self.walk.path is None else self.walk.path.trace.samples.get(item.slot)
+            sample = torch.full(shape, 0 if seen is None else seen, dtype=spec.dtype, device=spec.device)
+            return sample.requires_grad_(spec.requires_grad)
 
     def _wrap_late(self, result: Any, value: Any) -> Item:
         if isinstance(result, torch.Tensor):

@@ -17,7 +17,7 @@ from twofold.capture.number_feeds import number_tensor
 from twofold.capture.trace import Slot
 from twofold.convert.refusals import Refused
 from twofold.convert.speculation.convert import speculate
-from twofold.convert.speculation.speculation import Assumption, Speculation, give, read, step
+from twofold.convert.speculation.speculation import Assumption, Speculation, give, read, settled, step, tensor
 from twofold.graph import AssertionFailed, interpret
 from twofold.run.graph_runner import GraphRunner, Installed, feed_copy
 from twofold.run.placeholders import with_freed_history
@@ -125,12 +125,17 @@ def execute(speculation: Speculation, arguments: tuple[Any, ...], keywords: dict
 
 
 def decisions(speculation: Speculation) -> tuple[Any, ...]:
-    """Return the nodes that assertions, feeds and steps need."""
+    """Return the nodes that assertions, feeds and steps need, those that wait for the end of the unit left out."""
+    late: set[Any] = set()
+    for node in speculation.host.nodes:
+        if node.target in (tensor, settled) or not late.isdisjoint(node.operands):
+            late.update(node.results)
     needed: set[Any] = set()
     kept: list[Any] = []
     for node in reversed(speculation.host.nodes):
         decides = node.op == "assert" or node.target in (give, step) or node.target is read
-        if decides or not needed.isdisjoint(node.results):
+        waits = not late.isdisjoint(node.operands) or not late.isdisjoint(node.results)
+        if not waits and (decides or not needed.isdisjoint(node.results)):
             needed.update(node.operands)
             kept.append(node)
     return tuple(reversed(kept))

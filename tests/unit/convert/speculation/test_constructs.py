@@ -635,6 +635,37 @@ def tensors_from_python(parts: Parts) -> Callable[..., Any]:
     return step
 
 
+@construct
+def decisions_after_the_step(parts: Parts) -> Callable[..., Any]:
+    class State:
+        pass
+
+    state = parts.seen["state"] = State()
+    state.best = math.inf
+    state.high = 0
+
+    def step(number, x, y):
+        loss = parts.train(x, y)
+        if loss.item() > 0.0:
+            state.high += 1
+        if torch.isfinite(loss):
+            state.finite = True
+        return loss
+
+    return step
+
+
+@construct
+def weights_read_after_the_step(parts: Parts) -> Callable[..., Any]:
+    def step(number, x, y):
+        loss = parts.train(x, y)
+        norms = [p.detach().norm().item() for p in parts.model.parameters()]
+        copies = [p.detach().clone() for p in parts.model.parameters()]
+        return loss.detach(), norms, copies, parts.model[0].weight.T.sum()
+
+    return step
+
+
 def factory(name: str) -> Any:
     make_step, options = CONSTRUCTS[name]
     return training(make_step, **{k: v for k, v in options.items() if k in ("model", "optimizer", "between", "sizes")})
