@@ -52,7 +52,7 @@ from .items import (
 from .library import CONTEXTS, PURE, find_in_class, is_change, is_overridable, is_plain_class, is_pure, is_torch
 from .objects import DICTS, LISTS
 from .source import Code
-from .speculation import metadata, unhooked
+from .speculation import metadata, referent, unhooked
 from .walk import Walk
 
 MAX_DEPTH = 60
@@ -105,7 +105,7 @@ class Calls(Containers):
                 return self.call(function, [*self.iterate(given), *arguments], merged | keywords)
             case Outside() if isinstance(callee.object, weakref.ref):
                 place = Place(f"{callee.place.name}()", (id(callee.object), "()"), False)
-                return self.heap.item(callee.object(), self.host.call(operator.call, callee.value), place)
+                return self.heap.item(callee.object(), self.host.call(referent, callee.value), place)
             case Outside() | Instance():
                 found = find_in_class(self.type_of(callee), "__call__")
                 if found is None:

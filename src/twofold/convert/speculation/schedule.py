@@ -225,6 +225,9 @@ class _Passing:
 
 def _elsewhere(effect: Node, reading: Node) -> bool:
     """Whether an effect writes to another attribute or item than a node reads."""
+    if reading.target is operator.contains and effect.op == "set_item":
+        written, asked = effect.arguments[1], reading.arguments[1]
+        return not isinstance(written, Value | Constant) and not isinstance(asked, Value) and written != asked
     pairs = {("set_attr", "get_attr"), ("set_item", "get_item")}
     if (effect.op, reading.op) not in pairs:
         return {effect.op, reading.op} in ({"set_attr", "get_item"}, {"set_item", "get_attr"})

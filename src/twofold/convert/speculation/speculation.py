@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -133,6 +134,11 @@ def commit(unit: Unit) -> None:
 def metadata(found: torch.Tensor) -> tuple[Any, ...]:
     """Describe all of a tensor but its contents: what Python may have asked it for."""
     return tuple(found.shape), found.dtype, found.device, found.requires_grad, found.is_leaf, found.stride()
+
+
+def referent(reference: weakref.ref[Any]) -> Any:
+    """Return what a weak reference refers to."""
+    return reference()
 
 
 _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
