@@ -106,7 +106,7 @@ class _Driver:
 
     def speculate(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Answer the call that was just chosen for without running its Python; `MISSED` if that has to run."""
-        if self._mode is not Mode.FOLLOW or self._timing or not self.speculator.is_willing(self._likely):
+        if self._mode is not Mode.FOLLOW or self._timing or not self.speculator.is_willing():
             return MISSED
         self._began = time.perf_counter()
         result, path = self.speculator.call(function, arguments, keywords, self._signature)
@@ -256,6 +256,9 @@ class Function(Generic[P, R]):
         self._lock = threading.Lock()
         self._steps_in_call = 0
         self._steps_per_call: int | None = None
+        self._receiver: weakref.ref[Any] | None = None
+        """Of a method: its instance. What is wrapped then is a function of `_unbound` and the instance."""
+        self._unbound: Callable[..., R] = wrapped
         self._bound: dict[int, tuple[weakref.ref[Any], Function[..., Any]]] = {}
         if not isinstance(wrapped, torch.nn.Module):
             functools.update_wrapper(self, wrapped)
@@ -276,7 +279,8 @@ class Function(Generic[P, R]):
         driver = self._driver
         self._steps_in_call = 0
         driver.choose()
-        result = driver.speculate(self._wrapped, arguments, keywords)
+        given = arguments if self._receiver is None else (self._receiver(), *arguments)
+        result = driver.speculate(self._unbound, given, keywords)
         if result is not MISSED:
             return result
         mode = driver.start()
@@ -341,6 +345,7 @@ class Function(Generic[P, R]):
             return function(reference(), *arguments, **keywords)
 
         bound = Function(method, self._options)
+        bound._receiver, bound._unbound = reference, function
         self._bound[identity] = reference, bound
         return bound
 

@@ -422,6 +422,7 @@ class Calls(Containers):
         self._events = len(passed)
         for node in passed:
             if node.event is None or node.kind in ("optimizer", "zero_grad"):
+                self._check_settings(node)
                 continue
             self._assume_statics(node)
             for index in node.fed:
@@ -430,6 +431,12 @@ class Calls(Containers):
             self.host.step(event)
         self.walk.steps.clear()
         return fed
+
+    def _check_settings(self, node: PathNode) -> None:
+        """Refuse an optimizer that was set by this call: the step reads what is on the heap when it is launched."""
+        optimizer: Any = None if node.event is None or node.kind == "zero_grad" else node.event.arguments[0]
+        if optimizer is not None and any(map(self.heap.is_written, (optimizer, *optimizer.param_groups))):
+            raise self.refuse("unsupported_object", "an optimizer is set in the call that it steps in")
 
     def _assume_statics(self, node: PathNode) -> None:
         event: Any = node.event

@@ -224,6 +224,10 @@ class Heap:
         self._host.store(op, holder.value, constant(key), self._host.argument(item))
         self._known[address] = item
 
+    def is_written(self, held: Any) -> bool:
+        """Whether this call has written to an object, or changed it as a whole."""
+        return id(held) in self._written
+
     def overwritten(self, holder: Outside, op: str, key: Any) -> Item | None:
         """Return what this call has read or written at a place, if anything."""
         return self._known.get((id(holder.object), op, key))

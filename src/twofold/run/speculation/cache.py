@@ -165,6 +165,10 @@ class GraphCache:
         for old in graphs[MAX_GRAPHS:]:
             self._drop(lambda other, old=old: other is old, root)
 
+    def has_graphs(self, root: PathNode) -> bool:
+        """Whether a call was converted that began as those of a root do."""
+        return bool(self._graphs.get(root))
+
     def graphs(self) -> list[SpeculatedGraph]:
         """Return all graphs that calls are tried by."""
         return [graph for graphs in self._graphs.values() for graph in graphs]

@@ -21,8 +21,9 @@ from .cache import MISSED, GraphCache
 UNITS_BEFORE = 2
 """Units that the likely path ran beside its Python before its source is converted."""
 MAX_REFUSALS = 4
-"""So often a conversion is tried that is refused; the distance, in calls, grows fourfold each time."""
+"""So many refusals in a row, and conversion is not tried again, unless all that was missing was a graph to go by."""
 FIRST_RETRY: Final = 4
+"""Calls until conversion is tried again; four times as many after each further refusal in a row."""
 
 
 class Speculator:
@@ -39,12 +40,10 @@ class Speculator:
         if options.engine not in ("auto", "speculation"):
             self.cache.stopped = f"engine={options.engine!r}"
 
-    def is_willing(self, likely: Path | None) -> bool:
-        """Whether a call that begins as `likely` may be speculated on."""
+    def is_willing(self) -> bool:
+        """Whether calls may be speculated on now."""
         return (
             not self.cache.stopped
-            and likely is not None
-            and likely.units >= UNITS_BEFORE
             # What the program has entered around the call is not among the assumptions.
             and not torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
             and torch._C._len_torch_function_stack() == 0
@@ -61,14 +60,16 @@ class Speculator:
         """
         root = self._graph.root(signature)
         result, path = self.cache.call(root, arguments, keywords)
-        if result is not MISSED or self.cache.was_undone or not self._may_convert():
+        if result is not MISSED or self.cache.was_undone or not self._may_convert(root):
             return result, path
         if not self._convert(function, arguments, keywords, signature, root):
             return MISSED, None
         return self.cache.call(root, arguments, keywords)
 
-    def _may_convert(self) -> bool:
-        return self.cache.may_convert and self._account.iterations >= self._retry_at
+    def _may_convert(self, root: PathNode) -> bool:
+        likely = root.latest
+        has_settled = self.cache.has_graphs(root) or (likely is not None and likely.units >= UNITS_BEFORE)
+        return has_settled and self.cache.may_convert and self._account.iterations >= self._retry_at
 
     def _convert(
         self,
@@ -90,6 +91,7 @@ class Speculator:
             return False
         finally:
             self._account.stall_seconds += time.perf_counter() - began
+        self._refusals = 0
         self._account.engine = "speculation"
         self._account.decision(f"converted: {len(made.assumptions)} assumptions, {len(made.host.nodes)} nodes")
         return True
@@ -97,9 +99,9 @@ class Speculator:
     def _refuse(self, refusal: Refusal) -> None:
         """Go on beside the function's Python, and try again a few times: paths may be added that were missing."""
         self._account.refusal(refusal.code, refusal.construct, refusal.origin, refusal.line.strip(), refusal.hint)
-        self._refusals += 1
+        self._refusals = min(self._refusals + 1, MAX_REFUSALS)
         self._retry_at = self._account.iterations + FIRST_RETRY**self._refusals
-        if self._refusals >= MAX_REFUSALS:
+        if self._refusals == MAX_REFUSALS and refusal.code != "no_graph":
             self.cache.stopped = f"not converted: {refusal.code}"
         if self._is_demanded and self._is_strict:
             raise NotConvertibleError(f"{self._account.name} is not speculated on: {refusal}", refusal)
