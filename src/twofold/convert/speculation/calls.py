@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer
 from twofold.capture.functions import FROM_HOST_DATA, METADATA, display_name
 from twofold.capture.intercept import Interception, unheard
 from twofold.capture.leaf_modules import LEAVES, leaf_call
-from twofold.capture.recorder import current_ambient
+from twofold.graph import current_ambient
 from twofold.capture.trace import External, leaves
 from twofold.capture.trace_graph import PathNode
 from twofold.convert.refusals import Refusal, Refused
@@ -523,7 +523,9 @@ class Calls(Containers):
             made = self.dry_run(function, [self.sample(item) for item in arguments], named)
         late = self.heap.arrays_changed and any(isinstance(self.sample(item), np.ndarray) for item in given)
         nested = {name: self.host.nested(item) for name, item in keywords.items()}
-        value = self.host.call(function, *map(self.host.nested, arguments), late=late, ambient=current_ambient(), **nested)
+        value = self.host.call(
+            function, *map(self.host.nested, arguments), late=late, ambient=current_ambient(), **nested
+        )
         return self.heap.add_tensor(made, value, self.here().name)
 
     # ---- after the unit ----------------------------------------------------------------------------------
@@ -595,8 +597,7 @@ class Calls(Containers):
             return Tensor(result, None, value, self.here())
         if isinstance(result, tuple | list) and not isinstance(result, torch.Size):
             items = [
-                self._wrap_late(inner, self.host.fetch("get_item", value, index))
-                for index, inner in enumerate(result)
+                self._wrap_late(inner, self.host.fetch("get_item", value, index)) for index, inner in enumerate(result)
             ]
             return Sequence(type(result), items, value if isinstance(result, list) else None)
         return Dynamic(result, value)

@@ -74,9 +74,7 @@ class Host:
         **keywords: Argument,
     ) -> Value:
         """Append a call that returns one object. Its ambient counts for calls of torch functions alone."""
-        (made,) = self._graph.node(
-            "call", target, arguments, keywords, (None,), origin=self.origin, ambient=ambient
-        )
+        (made,) = self._graph.node("call", target, arguments, keywords, (None,), origin=self.origin, ambient=ambient)
         return self._note(made, late, arguments, tuple(keywords.values()))
 
     def effect(self, target: Callable[..., Any], *arguments: Argument, **keywords: Argument) -> None:

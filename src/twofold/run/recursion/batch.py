@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from twofold.errors import TwofoldError
+from twofold.errors import StaleError
 
 from .autograd import differentiable_run
 from .blocks import RunnableBlock
@@ -230,7 +230,3 @@ def _own(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.tensor(value)
     return value.view_as(value)
-
-
-class StaleError(TwofoldError):
-    """A tensor was written to between a call of a recursive function and the use of its result."""

@@ -679,4 +679,3 @@ def test_a_construct_is_converted_and_equals_eager(name: str) -> None:
     assert not compare(expected, found), (compare(expected, found)[:5], speculating)
     assert not speculating.refusals, speculating.refusals
     assert speculating.speculated == STEPS - 6, speculating
-
