@@ -39,7 +39,9 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(from_traces._Builder, "_is_on_accelerator", lambda _: True)
     monkeypatch.setattr(graph_runner, "_is_small_and_remote", lambda _: True)
-    monkeypatch.setattr(graph_runner, "_host_memory", lambda value: torch.empty(value.spec.shape))
+    monkeypatch.setattr(
+        graph_runner, "_host_memory", lambda value: torch.empty(value.spec.shape, dtype=value.spec.dtype)
+    )
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(GraphRunner, "launch_ahead", launch_ahead)
     return launched

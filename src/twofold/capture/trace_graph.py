@@ -151,6 +151,8 @@ class TraceGraph:
         self.paths: list[Path] = []
         self.placeholders: Placeholders = {}
         self._leaves: dict[int, torch.Tensor] = {}
+        self._relaxed: dict[PathNode, None] = {}
+        """Nodes whose checks are to be compiled again before the next unit."""
         self.host_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
         self.number_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
         self.layouts: dict[Layout, None] = {}
@@ -178,6 +180,7 @@ class TraceGraph:
         self.paths.clear()
         self.placeholders.clear()
         self._written_storages.clear()
+        self._relaxed.clear()
 
     def signature(self) -> Signature:
         """Describe the state in which a unit begins, as far as a path depends on it.
@@ -233,6 +236,7 @@ class TraceGraph:
             node = child
             node.sample = event.sample if event.sample is not None else node.sample
             nodes.append(node)
+        self._compile_relaxed()
         if node.end is None:
             node.end = Path(tuple(nodes), trace)
             self.paths.append(node.end)
@@ -298,8 +302,13 @@ class TraceGraph:
         for path in self.paths:
             if node in path.nodes:
                 path.stale = True
-                for user in path.nodes:
-                    user.compile_match()
+                self._relaxed.update(dict.fromkeys(path.nodes))
+
+    def _compile_relaxed(self) -> None:
+        """Compile the checks of the paths whose roles changed, once for all the changes that one trace brought."""
+        for node in self._relaxed:
+            node.compile_match()
+        self._relaxed.clear()
 
     def _has_same_tensors(self, node: PathNode, event: Event, trace: Trace) -> bool:
         assert node.event is not None
