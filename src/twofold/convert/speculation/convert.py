@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from twofold.graph import current_ambient
 from twofold.capture.trace_graph import Signature, TraceGraph
 from twofold.convert.refusals import Refusal, Refused, line_of
+from twofold.graph import current_ambient
 
 from .heap import Heap, Relax
 from .host import Host
@@ -79,7 +79,7 @@ class _Conversion:
             raise Refused(Refusal("too_deep", "calls nested too deep for Python's stack")) from None
         except (Relax, Refused):
             raise
-        except Exception as error:  # noqa: BLE001 - a bug of ours must not reach the program
+        except Exception as error:
             raise Refused(Refusal("converter_failed", f"{type(error).__name__}: {error}")) from error
         finally:
             self._walk.forget()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from types import CellType
@@ -13,7 +12,6 @@ import torch
 from twofold.graph import Value
 
 from .source import Code
-
 
 GLOBALS = "globals()"
 """The name of a module's namespace, of which programs write the items alone."""
@@ -161,6 +159,13 @@ class Stream(Item):
     """An iterator."""
 
     upcoming: Iterator[Item]
+
+
+def rebuild(kind: type, items: list[Any]) -> Any:
+    """Make a list or tuple, named ones included."""
+    if kind in (list, tuple, torch.Size) or kind.__module__ == "torch.return_types":
+        return kind(items)
+    return kind(*items)
 
 
 NONE = Known(None)
