@@ -15,6 +15,7 @@ from typing import Any
 from twofold.convert.python_text import INFIX, operation
 from twofold.graph import Constant, Graph, Node, Value, ambient_context, values_in
 
+from .library import is_torch
 from .schedule import is_effect
 from .speculation import commit, give, launch, read, step, tensor
 
@@ -66,7 +67,7 @@ class _Writer:
         self._pending: list[Value] = []
         self._uses = _uses(graph)
         self._of_unit: set[Value] = set()
-        """Values computed from tensors that the unit hands out, whose operations need their modes."""
+        """Values computed from tensors that the unit hands out, whose operations need their modes, as PyTorch's do."""
         inputs = zip(graph.inputs[:3], ("unit", "arguments", "keywords"), strict=True)
         self._known.update((value, _Expression(name)) for value, name in inputs)
         self._known.update((value, _Expression(self._name(held))) for value, held in roots.items())
@@ -102,7 +103,7 @@ class _Writer:
         arguments = [self._text(argument) for argument in node.arguments]
         keywords = [f"{name}={self._text(argument)}" for name, argument in node.keywords]
         text = operation(node, arguments, keywords, self._name)
-        if node.op == "call" and not self._of_unit.isdisjoint(node.operands):
+        if node.op == "call" and (is_torch(node.target) or not self._of_unit.isdisjoint(node.operands)):
             self._of_unit.update(node.results)
             self._take(node.operands)
             self._line(f"with {self._name(ambient_context)}({self._name(node.ambient)}):")

@@ -252,7 +252,7 @@ class Host:
         match item:
             case Listed():
                 items = [self.argument(inner) for inner in item.items]
-                if item.kind in (list, tuple, torch.Size):
+                if item.kind in (list, tuple, torch.Size) or item.kind.__module__ == "torch.return_types":
                     return self.call(item.kind, items)
                 return self.call(item.kind, *items)  # a named tuple
             case Mapping():
