@@ -601,6 +601,12 @@ class Calls(Containers):
             return Sequence(type(result), items, value if isinstance(result, list) else None)
         return Dynamic(result, value)
 
+    def forget(self) -> None:
+        """Drop the placeholders: closures and their scopes hold each other, and may live on for a while."""
+        gone = torch.empty(0)
+        for item in self.slot_items.values():
+            item.sample = gone
+
     # ---- super -------------------------------------------------------------------------------------------
 
     def make_super(self, arguments: list[Item]) -> Item:

@@ -66,6 +66,7 @@ class _Conversion:
     def __init__(self, graph: TraceGraph, signature: Signature, relaxed: frozenset[Hashable]) -> None:
         self._walk = Walk(graph, signature)
         self._relaxed = relaxed
+        self._interpreter: Interpreter | None = None
 
     def convert(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Speculation:
         ambient = current_ambient()
@@ -82,6 +83,8 @@ class _Conversion:
             raise Refused(Refusal("converter_failed", f"{type(error).__name__}: {error}")) from error
         finally:
             self._walk.forget()
+            if self._interpreter is not None:
+                self._interpreter.forget()
             _restore(ambient)
 
     def _convert(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Speculation:
@@ -89,7 +92,7 @@ class _Conversion:
         host = Host("".join(c if c.isalnum() or c == "_" else "_" for c in name), self._relaxed)
         heap = Heap(host)
         code = Code("", "", _NOTHING, {}, {})
-        interpreter = Interpreter(host, heap, Scope(code, frozenset(), None), self._walk)
+        interpreter = self._interpreter = Interpreter(host, heap, Scope(code, frozenset(), None), self._walk)
         given = self._given(host, heap, arguments, keywords, function)
         callee = _callee(host, heap, function)
         try:

@@ -15,6 +15,7 @@ import torch
 from .calls import Calls
 from .heap import is_value
 from .items import (
+    GLOBALS,
     NONE,
     Closure,
     Dynamic,

@@ -110,7 +110,9 @@ class Heap:
                 host.late.add(value)
             return Dynamic(self.copy_of(held), value)
         if is_value(held) and (type(held) is not tuple or not place.is_given):
-            if place.location not in host.relaxed:
+            # Numbers that a call is given, an index or a rate, are others in the next.
+            changes = place.location in host.relaxed or (place.is_given and type(held) in (int, float))
+            if not changes:
                 host.assume_value(value, held, place)
                 return Known(held)
             host.assume_type(value, type(held), place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from types import CellType
 from typing import Any
 
 import torch
@@ -12,6 +13,13 @@ import torch
 from twofold.graph import Value
 
 from .source import Code
+
+
+GLOBALS = "globals()"
+"""The name of a module's namespace, of which programs write the items alone."""
+
+
+_TABLES = ("_modules", "_parameters", "_buffers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +33,19 @@ class Place:
 
     def attribute(self, holder: Any, name: str) -> Place:
         """Return the place of an attribute of what is here."""
-        return Place(f"{self.name}.{name}", (self._key(holder), "get_attr", name), self.is_given)
+        written = self.name if isinstance(holder, CellType) else f"{self.name}.{name}"
+        return Place(written, (self._key(holder), "get_attr", name), self.is_given)
 
     def item(self, holder: Any, key: Any) -> Place:
         """Return the place of an item of what is here."""
-        return Place(f"{self.name}[{key!r}]", (self._key(holder), "get_item", key), self.is_given)
+        owner, _, table = self.name.rpartition(".")
+        if self.name == GLOBALS:
+            written = str(key)
+        elif table in _TABLES:
+            written = f"{owner}[{key}]" if str(key).isdigit() else f"{owner}.{key}"
+        else:
+            written = f"{self.name}[{key!r}]"
+        return Place(written, (self._key(holder), "get_item", key), self.is_given)
 
     def _key(self, holder: Any) -> Hashable:
         return self.location if self.is_given else id(holder)

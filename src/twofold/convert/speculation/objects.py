@@ -492,7 +492,7 @@ class Objects:
             if name in held:
                 holder = self.heap.read(item, "get_attr", table)
                 assert isinstance(holder, Outside)
-                return self.heap.read(Outside(held, holder.value, item.place), "get_item", name)
+                return self.heap.read(holder, "get_item", name)
         return None
 
     def _bind(self, found: Any, item: Item, owner: type, name: str) -> Item:
