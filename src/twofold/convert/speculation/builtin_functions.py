@@ -308,7 +308,13 @@ _SPECIAL: dict[Any, str] = {
         "isinstance type callable len getattr hasattr setattr super enumerate zip reversed map filter iter next list"
         " tuple any all sum min max sorted range bool str repr format print"
     ).split()
-} | {functools.partial: "partial", operator.setitem: "setitem", types.FunctionType.__get__: "bind",
-     itertools.islice: "islice", itertools.chain: "chain", itertools.product: "product"}
+} | {
+    functools.partial: "partial",
+    operator.setitem: "setitem",
+    types.FunctionType.__get__: "bind",
+    itertools.islice: "islice",
+    itertools.chain: "chain",
+    itertools.product: "product",
+}
 
 __all__ = ["LASTING", "BuiltinFunctions", "Instance", "constant"]

@@ -523,7 +523,9 @@ class Calls(Containers):
             made = self.dry_run(function, [self.sample(item) for item in arguments], named)
         late = self.heap.arrays_changed and any(isinstance(self.sample(item), np.ndarray) for item in given)
         nested = {name: self.host.nested(item) for name, item in keywords.items()}
-        value = self.host.call(function, *map(self.host.nested, arguments), late=late, ambient=current_ambient(), **nested)
+        value = self.host.call(
+            function, *map(self.host.nested, arguments), late=late, ambient=current_ambient(), **nested
+        )
         return self.heap.add_tensor(made, value, self.here().name)
 
     # ---- after the unit ----------------------------------------------------------------------------------
@@ -546,7 +548,8 @@ class Calls(Containers):
             return self._attribute_late(arguments[0], self.known(arguments[1]), result)
         if is_change(function):
             self._tensors_changed = True
-            self.host.effect(function, *map(self.host.nested, arguments), **self._nested_all(keywords))
+            given = map(self.host.nested, arguments)
+            self.host.effect(function, *given, ambient=current_ambient(), **self._nested_all(keywords))
             return arguments[0]
         given = [self.host.nested(self._settled(item)) for item in arguments]
         named = self._nested_all({name: self._settled(item) for name, item in keywords.items()})
@@ -595,8 +598,7 @@ class Calls(Containers):
             return Tensor(result, None, value, self.here())
         if isinstance(result, tuple | list) and not isinstance(result, torch.Size):
             items = [
-                self._wrap_late(inner, self.host.fetch("get_item", value, index))
-                for index, inner in enumerate(result)
+                self._wrap_late(inner, self.host.fetch("get_item", value, index)) for index, inner in enumerate(result)
             ]
             return Sequence(type(result), items, value if isinstance(result, list) else None)
         return Dynamic(result, value)

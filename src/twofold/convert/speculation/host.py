@@ -74,14 +74,14 @@ class Host:
         **keywords: Argument,
     ) -> Value:
         """Append a call that returns one object. Its ambient counts for calls of torch functions alone."""
-        (made,) = self._graph.node(
-            "call", target, arguments, keywords, (None,), origin=self.origin, ambient=ambient
-        )
+        (made,) = self._graph.node("call", target, arguments, keywords, (None,), origin=self.origin, ambient=ambient)
         return self._note(made, late, arguments, tuple(keywords.values()))
 
-    def effect(self, target: Callable[..., Any], *arguments: Argument, **keywords: Argument) -> None:
+    def effect(
+        self, target: Callable[..., Any], *arguments: Argument, ambient: Ambient = _DEFAULT, **keywords: Argument
+    ) -> None:
         """Append a call for what it does."""
-        self._graph.node("call", target, arguments, keywords, origin=self.origin)
+        self._graph.node("call", target, arguments, keywords, origin=self.origin, ambient=ambient)
 
     def fetch(self, op: str, holder: Argument, key: Argument, late: bool = False) -> Value:
         """Append a `get_attr` or `get_item`."""

@@ -105,8 +105,11 @@ def is_change(function: Any) -> bool:
     """Whether a torch function writes to its first argument."""
     name = getattr(function, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("__setitem__", "setattr") or (name.startswith("__i") and name not in _I_NAMES) or (
-        _is_operator(function) and name in _IN_PLACE_OPERATORS
+    return (
+        in_place
+        or name in ("__setitem__", "setattr")
+        or (name.startswith("__i") and name not in _I_NAMES)
+        or (_is_operator(function) and name in _IN_PLACE_OPERATORS)
     )
 
 
