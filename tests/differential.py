@@ -272,8 +272,10 @@ def flatten(name: str, value: Any, facts: Facts) -> None:
 
 def flatten_attributes(name: str, value: Any, facts: Facts) -> None:
     """As `flatten`, but open the outermost object whatever its class (a scheduler, a scaler)."""
-    attributes = vars(value) if hasattr(value, "__dict__") and not isinstance(value, dict) else value
-    _flatten(name, attributes, facts, (id(value),))
+    if hasattr(value, "__dict__") and not isinstance(value, dict):
+        _flatten(name, vars(value), facts, (id(value),))
+    else:
+        _flatten(name, value, facts, ())
 
 
 def _flatten(name: str, value: Any, facts: Facts, parents: tuple[int, ...]) -> None:

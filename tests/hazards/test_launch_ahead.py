@@ -14,8 +14,8 @@ from tests.differential import assert_same, function
 from tests.hazards.programs import Parts, training
 from twofold.convert import from_traces
 from twofold.run import graph_runner
+from twofold.run.followed_unit import TRUSTED_AFTER
 from twofold.run.graph_runner import GraphRunner
-from twofold.run.python_runner import TRUSTED_AFTER
 
 
 class Event:
@@ -39,7 +39,9 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(from_traces._Builder, "_is_on_accelerator", lambda _: True)
     monkeypatch.setattr(graph_runner, "_is_small_and_remote", lambda _: True)
-    monkeypatch.setattr(graph_runner, "_host_memory", lambda value: torch.empty(value.spec.shape))
+    monkeypatch.setattr(
+        graph_runner, "_host_memory", lambda value: torch.empty(value.spec.shape, dtype=value.spec.dtype)
+    )
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(GraphRunner, "launch_ahead", launch_ahead)
     return launched

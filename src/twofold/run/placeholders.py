@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from twofold.capture.match import Placeholders
 from twofold.capture.placeholders import make_placeholder
 from twofold.capture.trace import Made
-from twofold.capture.trace_graph import Placeholders
 from twofold.graph import TensorSpec
 
 __all__ = ["escaped", "fill_placeholder", "make_placeholder", "recycle", "with_freed_history"]

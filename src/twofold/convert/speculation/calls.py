@@ -50,7 +50,7 @@ from .items import (
     Tensor,
 )
 from .library import CONTEXTS, PURE, find_in_class, is_change, is_overridable, is_plain_class, is_pure, is_torch
-from .objects import DICTS, LISTS
+from .objects import LISTS
 from .source import Code
 from .speculation import metadata, referent, unhooked
 from .walk import Walk

@@ -79,7 +79,7 @@ class _Conversion:
             raise Refused(Refusal("too_deep", "calls nested too deep for Python's stack")) from None
         except (Relax, Refused):
             raise
-        except Exception as error:  # noqa: BLE001 - a bug of ours must not reach the program
+        except Exception as error:
             raise Refused(Refusal("converter_failed", f"{type(error).__name__}: {error}")) from error
         finally:
             self._walk.forget()

@@ -15,7 +15,6 @@ import torch
 from .calls import Calls
 from .heap import is_value
 from .items import (
-    GLOBALS,
     NONE,
     Closure,
     Dynamic,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from types import CellType
@@ -13,7 +12,6 @@ import torch
 from twofold.graph import Value
 
 from .source import Code
-
 
 GLOBALS = "globals()"
 """The name of a module's namespace, of which programs write the items alone."""

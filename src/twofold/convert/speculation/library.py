@@ -74,9 +74,9 @@ CONTEXTS: Final[tuple[type, ...]] = (
 )
 """Context managers that the dry run enters for real."""
 
-LIST_CHANGES: Final = frozenset("append extend insert remove pop clear sort reverse".split())
-DICT_CHANGES: Final = frozenset("update pop popitem clear setdefault".split())
-SET_CHANGES: Final = frozenset("add discard remove update clear pop".split())
+LIST_CHANGES: Final = frozenset(["append", "extend", "insert", "remove", "pop", "clear", "sort", "reverse"])
+DICT_CHANGES: Final = frozenset(["update", "pop", "popitem", "clear", "setdefault"])
+SET_CHANGES: Final = frozenset(["add", "discard", "remove", "update", "clear", "pop"])
 """Methods that change a container."""
 
 _LIBRARIES = frozenset({"torch", "numpy", "builtins", "math", "operator", "functools", "itertools", "collections"})
@@ -115,7 +115,23 @@ def is_change(function: Any) -> bool:
 
 _I_NAMES = frozenset({"__invert__", "__iter__", "__int__", "__index__", "__init__"})
 _IN_PLACE_OPERATORS = frozenset(
-    "iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem".split()
+    [
+        "iadd",
+        "iand",
+        "iconcat",
+        "ifloordiv",
+        "ilshift",
+        "imatmul",
+        "imod",
+        "imul",
+        "ior",
+        "ipow",
+        "irshift",
+        "isub",
+        "itruediv",
+        "ixor",
+        "setitem",
+    ]
 )
 
 

@@ -16,10 +16,9 @@ from torch import nn
 
 from twofold.convert.refusals import Refused
 
-from .heap import Heap, Relax, is_value
+from .heap import Heap, is_value
 from .host import Host, constant
 from .items import (
-    NONE,
     Closure,
     Dynamic,
     Instance,

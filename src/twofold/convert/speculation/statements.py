@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from .builtin_functions import BuiltinFunctions
-from .items import NONE, Dynamic, Instance, Item, Known, Mapping, Method, Outside, Scope, Sequence, Tensor
 from .expressions import OPERATORS
+from .items import NONE, Dynamic, Instance, Item, Known, Mapping, Method, Outside, Scope, Sequence, Tensor
 from .library import CONTEXTS, find_in_class
 from .objects import LISTS, Raised
 from .source import Code

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from twofold.errors import TwofoldError
+from twofold.errors import StaleError
 
 from .autograd import differentiable_run
 from .blocks import RunnableBlock
 from .deferred import PENDING, Deferred, fill
-from .execute import GroupRun, Request, Run, Table
+from .execute import GroupRun, Request, Run
+from .factors import Table
 from .prepare import SumBroken, Tables, column, stage_group
 from .schedule import Group, Pile, make_schedule
 from .vectorize import Sample
@@ -52,12 +53,12 @@ class Batch:
 
     # While planners run.
 
-    def begin(self, versions: Sequence[int]) -> None:
-        """Take up a call made from ordinary Python; `versions` are those of the tensors from outside."""
+    def begin(self) -> None:
+        """Take up a call made from ordinary Python."""
         if not self._planning and self._levels and self._grad != torch.is_grad_enabled():
             PENDING.flush()
         if not self._levels:
-            self._grad, self._versions = torch.is_grad_enabled(), versions
+            self._grad, self._versions = torch.is_grad_enabled(), self._program.versions()
         self._planning += 1
         PENDING.planning += 1
 
@@ -70,7 +71,7 @@ class Batch:
         """Return where the invocations of a block wait."""
         known = self._piles.get(block)
         if known is None:
-            known = self._piles[block] = Pile(block)
+            known = self._piles[block] = Pile(block, block.constant_hosts)
         return known
 
     def emit(self, pile: Pile, invocations: Sequence[int], hosts: Sequence[Any], kept: Sequence[Deferred]) -> int:
@@ -79,8 +80,7 @@ class Batch:
             if type(host) is Deferred:
                 pile, invocations, hosts = self._link(pile, invocations, hosts)
                 break
-        if pile.block.constant_hosts:
-            steering = pile.block.constant_hosts
+        if steering := pile.steering:
             pile = self.pile(pile.block.variant(hosts))
             hosts = [host for index, host in enumerate(hosts) if index not in steering]
         levels = self._levels
@@ -137,7 +137,9 @@ class Batch:
         """
         levels, wanted, shared = self._levels[:], self._wanted, self._shared
         piles = [
-            Pile(pile.block, pile.tasks, pile.invocations, pile.hosts) for pile in self._piles.values() if pile.tasks
+            Pile(pile.block, pile.steering, pile.tasks, pile.invocations, pile.hosts)
+            for pile in self._piles.values()
+            if pile.tasks
         ]
         self._wanted = []
         if not self._planning:
@@ -202,8 +204,10 @@ class Batch:
 
 
 def _columns(group: Group, device: torch.device) -> list[Tensor]:
-    hosts, order = group.pile.hosts, group.order.tolist()
-    return [column([hosts[number][index] for number in order], device) for index in range(group.block.block.hosts)]
+    if not group.block.block.hosts:
+        return []
+    rows = [group.pile.hosts[position] for position in group.order.tolist()]
+    return [column(values, device) for values in zip(*rows, strict=True)]
 
 
 def one_by_one(piles: list[Pile], count: int, requests: list[Request], samples: dict[Table, Sample]) -> list[Tensor]:
@@ -230,7 +234,3 @@ def _own(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.tensor(value)
     return value.view_as(value)
-
-
-class StaleError(TwofoldError):
-    """A tensor was written to between a call of a recursive function and the use of its result."""

@@ -81,7 +81,7 @@ class Program:
 
     def call(self, arguments: Sequence[Any]) -> Any:
         """Plan one call from ordinary Python; return its results, tensors deferred."""
-        self.batch.begin(self.versions())
+        self.batch.begin()
         try:
             held = self._walk(*arguments, WALKED)
         finally:

@@ -337,7 +337,7 @@ def text_and_print(parts: Parts) -> Callable[..., Any]:
         parts.optimizer.zero_grad()
         loss.backward()
         parts.optimizer.step()
-        return "%.2f" % value, "{:.1f}".format(value), str(round(value, 2))
+        return "%.2f" % value, f"{value:.1f}", str(round(value, 2))
 
     return step
 
@@ -679,4 +679,3 @@ def test_a_construct_is_converted_and_equals_eager(name: str) -> None:
     assert not compare(expected, found), (compare(expected, found)[:5], speculating)
     assert not speculating.refusals, speculating.refusals
     assert speculating.speculated == STEPS - 6, speculating
-

@@ -54,7 +54,18 @@ def counted(parts: Parts) -> Any:
 
 def test_feeds_writes_and_effects_are_all_that_is_left_of_the_program():
     speculation = converted(counted)
-    parts = ("give(", "set_attr", "print(", " tensor(", "read(", '"calls"', "operator.add", "return", "format", ".item(")
+    parts = (
+        "give(",
+        "set_attr",
+        "print(",
+        " tensor(",
+        "read(",
+        '"calls"',
+        "operator.add",
+        "return",
+        "format",
+        ".item(",
+    )
     assert lines(speculation, *parts) == block("""
         %11: object = get_attr(%9, "calls")
         %14: object = call operator.add(%11, 1)
@@ -71,7 +82,15 @@ def test_feeds_writes_and_effects_are_all_that_is_left_of_the_program():
 
 def test_every_assumption_names_what_the_program_would_write():
     subjects = {assumption.subject for assumption in converted(counted).assumptions}
-    assert {"state", "state.calls", "parts", "parts.model", "parts.optimizer", "parts.model[2].weight", "the number of arguments"} <= subjects
+    assert {
+        "state",
+        "state.calls",
+        "parts",
+        "parts.model",
+        "parts.optimizer",
+        "parts.model[2].weight",
+        "the number of arguments",
+    } <= subjects
 
 
 def observed(program: Any, graph: Any) -> dict[str, Any]:

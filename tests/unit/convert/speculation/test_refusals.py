@@ -111,7 +111,7 @@ def custom_setattr(parts: Parts) -> Callable[..., Any]:
 @refused("foreign_function", "open(")
 def files(parts: Parts) -> Callable[..., Any]:
     def step(number, x, y):
-        open("/dev/null").close()  # noqa: PTH123, SIM115
+        open("/dev/null").close()  # noqa: PTH123
         return parts.train(x, y)
 
     return step
