@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer
 from twofold.capture.functions import FROM_HOST_DATA, METADATA, display_name
 from twofold.capture.intercept import Interception, unheard
 from twofold.capture.leaf_modules import LEAVES, leaf_call
-from twofold.capture.recorder import current_ambient
+from twofold.graph import current_ambient
 from twofold.capture.trace import External, leaves
 from twofold.capture.trace_graph import PathNode
 from twofold.convert.refusals import Refusal, Refused
