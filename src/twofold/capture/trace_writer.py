@@ -225,19 +225,9 @@ class TraceWriter:
             return slot
 
         template = None if kind == "fetch" else map_leaves(result, _TENSOR, outcome)
+        sample = sample_of(result) if kind == "fetch" else None
         self.trace.events.append(
-            Event(
-                kind,
-                function,
-                *templates,
-                template,
-                tuple(made),
-                first,
-                ambient,
-                origin,
-                operations,
-                sample_of(result) if kind == "fetch" else None,
-            )
+            Event(kind, function, *templates, template, tuple(made), first, ambient, origin, operations, sample)
         )
 
     # ---- gradients and history ---------------------------------------------------------------------------

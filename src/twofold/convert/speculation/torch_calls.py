@@ -226,7 +226,7 @@ class TorchCalls(Containers):
             raise self.refuse("several_units", "the call goes on with another step")
         if function is not getattr and target_has_effect(function) and not (is_pure(function) or is_change(function)):
             raise self.refuse("foreign_function", f"calls {display_name(function)} after the last optimizer step")
-        given = [self._late_sample(item) for item in arguments]
+        given = [self._late_sample(item, function in METADATA) for item in arguments]
         named = {name: self._late_sample(item) for name, item in keywords.items()}
         with unheard():
             result = self.dry_run(function, given, named)
@@ -268,14 +268,15 @@ class TorchCalls(Containers):
         self._note_measured([item])
         return Known(result)
 
-    def _late_sample(self, item: Item) -> Any:
+    def _late_sample(self, item: Item, is_look: bool = False) -> Any:
         if isinstance(item, Sequence) and item.kind in (list, tuple):
-            return item.kind(self._late_sample(inner) for inner in item.items)
+            return item.kind(self._late_sample(inner, is_look) for inner in item.items)
         if not isinstance(item, Tensor):
             return self.sample(item)
         with unheard(), torch.no_grad():
             if item.slot is None and item.value in self.host.from_unit:
-                return item.sample.clone()  # made by a dry run
+                # Made by a dry run. A copy has other strides.
+                return item.sample.detach() if is_look else item.sample.clone()
             known = self.walk.graph.placeholders.get(id(item.sample))
             spec = TensorSpec.of(item.sample) if known is None else known[1].spec
             shape = [size for size in spec.shape if size is not None]
