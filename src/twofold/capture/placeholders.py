@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .match import Placeholders
 from .trace import Made
-from .trace_graph import Placeholders
 
 _UNREAD = "Twofold: this tensor was read where its value cannot be supplied, by code that PyTorch does not announce"
 

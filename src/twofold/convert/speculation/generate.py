@@ -15,6 +15,7 @@ from typing import Any
 from twofold.convert.python_text import INFIX, operation
 from twofold.graph import Constant, Graph, Node, Value, ambient_context, values_in
 
+from .library import is_torch
 from .schedule import is_effect
 from .speculation import commit, give, launch, read, step, tensor
 
@@ -65,8 +66,6 @@ class _Writer:
         """What stands for each value: its name, or, if it is not computed yet, its expression."""
         self._pending: list[Value] = []
         self._uses = _uses(graph)
-        self._of_unit: set[Value] = set()
-        """Values computed from tensors that the unit hands out, whose operations need their modes."""
         inputs = zip(graph.inputs[:3], ("unit", "arguments", "keywords"), strict=True)
         self._known.update((value, _Expression(name)) for value, name in inputs)
         self._known.update((value, _Expression(self._name(held))) for value, held in roots.items())
@@ -93,8 +92,6 @@ class _Writer:
             self._take(node.operands)
             arguments = [self._text(argument) for argument in node.arguments]
             self._statement(node, f"{arguments[0]}.{_ON_UNIT[node.target]}({', '.join(arguments[1:])})")
-            if node.target is tensor:
-                self._of_unit.update(node.results)
         else:
             self._work(node)
 
@@ -102,8 +99,7 @@ class _Writer:
         arguments = [self._text(argument) for argument in node.arguments]
         keywords = [f"{name}={self._text(argument)}" for name, argument in node.keywords]
         text = operation(node, arguments, keywords, self._name)
-        if node.op == "call" and not self._of_unit.isdisjoint(node.operands):
-            self._of_unit.update(node.results)
+        if node.op == "call" and is_torch(node.target):
             self._take(node.operands)
             self._line(f"with {self._name(ambient_context)}({self._name(node.ambient)}):")
             self._statement(node, text, "    ")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import operator
+import types
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
@@ -202,8 +203,9 @@ class _Passing:
                 self._plain.update(node.results)
         self._changed: dict[Value, list[int]] = {}
         for index in self._effects:
-            holders = nodes[index].operands if nodes[index].op == "call" else nodes[index].operands[:1]
-            for value in holders:
+            # A method changes the object that it belongs to, and so does a write.
+            is_method = nodes[index].op != "call" or isinstance(nodes[index].target, types.MethodDescriptorType)
+            for value in nodes[index].operands[: 1 if is_method else None]:
                 self._changed.setdefault(value, []).append(index)
 
     def notices(self, index: int) -> bool:
