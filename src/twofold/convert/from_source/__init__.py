@@ -1,10 +1,11 @@
 """From the source of recursive Python functions to graphs of SubGraphs, and to what runs them."""
 
+from twofold.convert.refusals import Refusal, Refused, line_of
+
 from .blocks import Block, Operand, make_block, tensor_results
 from .convert import Converted, convert
 from .functions import Function, Outer, Recursive
 from .planner import PlannerSource, planner_source
-from .refusals import Refusal, Refused, line_of
 from .slices import Kind, Slices, slice_graph
 
 __all__ = [

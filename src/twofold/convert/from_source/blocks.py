@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from twofold.convert.targets import method
 from twofold.graph import Argument, Constant, Node, SubGraph, Value, map_values, values_in
 
 from .convert import Converted
 from .slices import Kind, Slices
-from .targets import method
 
 
 @dataclass(frozen=True)

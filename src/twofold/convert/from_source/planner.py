@@ -16,38 +16,19 @@ through is known in advance. Otherwise decisions are collected in a list and the
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from twofold.convert.python_text import operation
 from twofold.graph import Argument, Constant, Node, SubGraph, Value
 
 from .blocks import decides, handed_over, host_values, in_host_slice, in_tensor_slice, tensor_results
 from .convert import Converted
 from .slices import Kind, Slices
-from .targets import apply, method
 
 MOST_WAYS = 32
 """Ways through a function up to which the code after a choice is repeated for each side."""
-
-_INFIX: dict[Any, str] = {
-    operator.add: "+",
-    operator.sub: "-",
-    operator.mul: "*",
-    operator.truediv: "/",
-    operator.floordiv: "//",
-    operator.mod: "%",
-    operator.pow: "**",
-    operator.eq: "==",
-    operator.ne: "!=",
-    operator.lt: "<",
-    operator.le: "<=",
-    operator.gt: ">",
-    operator.ge: ">=",
-    operator.is_: "is",
-    operator.is_not: "is not",
-}
 
 
 @dataclass(frozen=True)
@@ -304,27 +285,9 @@ class _Generator:
         return way
 
     def _operation(self, node: Node) -> str:
-        target: Any = node.target
         arguments = [self._text(argument) for argument in node.arguments]
-        match node.op:
-            case "get_attr":
-                return f"{arguments[0]}.{node.arguments[1]}"
-            case "set_attr":
-                return f"{arguments[0]}.{node.arguments[1]} = {arguments[2]}"
-            case "get_item":
-                return f"{arguments[0]}[{arguments[1]}]"
-            case "set_item":
-                return f"{arguments[0]}[{arguments[1]}] = {arguments[2]}"
-            case _:
-                pass
-        if target in _INFIX:
-            return f"{arguments[0]} {_INFIX[target]} {arguments[1]}"
-        arguments += [f"{name}={self._text(argument)}" for name, argument in node.keywords]
-        if target is method:
-            return f"{arguments[0]}.{node.arguments[1]}({', '.join(arguments[2:])})"
-        if target is apply:
-            return f"{arguments[0]}({', '.join(arguments[1:])})"
-        return f"{self._object(target)}({', '.join(arguments)})"
+        keywords = [f"{name}={self._text(argument)}" for name, argument in node.keywords]
+        return operation(node, arguments, keywords, self._object)
 
     def _finish(self, way: _Way) -> _Way:
         body = self.converted.graph.subgraphs[self.function]

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from twofold.convert.refusals import Refusal, Refused, line_of
+from twofold.convert.targets import apply, method, unpack
 from twofold.graph import Argument, Constant, Graph, Node, Origin, SubGraph, Value, evaluate, values_in
 
 from .convert import Converted
 from .expressions import is_library
 from .functions import Outer
-from .refusals import Refusal, Refused, line_of
-from .targets import apply, method, unpack
 
 
 class Kind(IntEnum):

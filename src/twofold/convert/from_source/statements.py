@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 import torch
 
+from twofold.convert.refusals import Refused
+from twofold.convert.targets import apply, fail
 from twofold.graph import SCALAR_TYPES, Ambient, SubGraph, SubGraphBuilder, Value
 
 from .expressions import Expressions
 from .functions import Function, Outer, Recursive, Source
-from .refusals import Refused
 from .scope import UNDEFINED, assigned, flatten, rebuild, returns, same, same_form
-from .targets import apply, fail
 
 _MISSING: Any = object()
 CONSTANT_TYPES = (torch.dtype, torch.device, torch.memory_format, torch.layout, NoneType)
