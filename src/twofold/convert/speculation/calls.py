@@ -435,7 +435,7 @@ class Calls(Containers):
     def _check_settings(self, node: PathNode) -> None:
         """Refuse an optimizer that was set by this call: the step reads what is on the heap when it is launched."""
         optimizer: Any = None if node.event is None or node.kind == "zero_grad" else node.event.arguments[0]
-        if optimizer is not None and any(map(self.heap.is_written, (optimizer, *optimizer.param_groups))):
+        if optimizer is not None and any(map(self.heap.is_written, optimizer.param_groups)):
             raise self.refuse("unsupported_object", "an optimizer is set in the call that it steps in")
 
     def _assume_statics(self, node: PathNode) -> None:
