@@ -27,6 +27,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks.programs import Program
+from twofold.api import Function
 
 Factory = Callable[[], Program]
 Step = Callable[..., Any]
@@ -279,6 +280,8 @@ def flatten_attributes(name: str, value: Any, facts: Facts) -> None:
 
 
 def _flatten(name: str, value: Any, facts: Facts, parents: tuple[int, ...]) -> None:
+    if isinstance(value, Function):  # what is decorated is seen, not Twofold's own state
+        value = value._wrapped
     if isinstance(value, torch.Tensor):
         facts[name] = _tensor_fact(value)
     elif isinstance(value, np.ndarray):

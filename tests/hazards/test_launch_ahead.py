@@ -74,7 +74,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh()), nn.Linear(8, 3))
 
 
-EXACT = function(numerics="exact", backend="replay", background=False)
+EXACT = function(engine="coexecution", numerics="exact", backend="replay", background=False)
 STEPS = 6 + 3 * TRUSTED_AFTER
 
 

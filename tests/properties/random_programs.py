@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -430,8 +431,8 @@ def programs(draw: st.DrawFn, statements: int = 7) -> Source:
 
 @contextmanager
 def written(source: Source, folder: Path) -> Generator[Path, None, None]:
-    """Write the program to a file, where Python and its tools find its source."""
-    path = folder / f"{MODULE}.py"
+    """Write the program to a file of its own, where Python and its tools find its source."""
+    path = folder / f"{MODULE}_{sha256(source.text.encode()).hexdigest()[:12]}.py"
     path.write_text(source.text)
     yield path
     path.unlink()

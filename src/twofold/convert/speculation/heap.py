@@ -98,6 +98,16 @@ class Heap:
                 self._assumed[address] = place.location, held
         return known
 
+    def read_object(self, holder: Outside, name: str) -> Item:
+        """Return an attribute that is taken for an object whatever it holds, so that its items are read one by one."""
+        address = (id(holder.object), "get_attr", name)
+        known = self._known.get(address)
+        if known is None:
+            place = holder.place.attribute(holder.object, name)
+            value = self._host.fetch("get_attr", holder.value, name)
+            known = self._known[address] = self._outside(getattr(holder.object, name), value, place, False)
+        return known
+
     def item(self, held: Any, value: Value, place: Place) -> Item:
         """Return the item for an object that was read from outside, under the assumption that its type asks for."""
         host = self._host
