@@ -167,21 +167,14 @@ class Calls(TorchCalls):
         """Return the default values of a function: mutable ones are shared by its calls."""
         if not function.__defaults__:
             return []
-        held = self._part_of(function, "__defaults__")
+        held = self.part_of(function, "__defaults__")
         return [self.heap.read(held, "get_item", index) for index in range(len(function.__defaults__))]
 
     def _keyword_defaults(self, function: types.FunctionType) -> dict[str, Item]:
         if not function.__kwdefaults__:
             return {}
-        held = self._part_of(function, "__kwdefaults__")
+        held = self.part_of(function, "__kwdefaults__")
         return {name: self.heap.read(held, "get_item", name) for name in function.__kwdefaults__}
-
-    def _part_of(self, function: types.FunctionType, name: str) -> Outside:
-        place = Place(function.__qualname__, id(function), False)
-        root = Outside(function, self.host.root(function.__name__, function), place)
-        found = self.heap.read_object(root, name)
-        assert isinstance(found, Outside)
-        return found
 
     def _bind_closure(self, closure: Closure, given: list[Item], named: dict[str, Item]) -> dict[str, Item]:
         """Return the variables that a function begins with."""

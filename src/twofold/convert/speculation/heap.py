@@ -57,6 +57,11 @@ def is_value(held: Any) -> bool:
     return type(held) in VALUES or isinstance(held, enum.Enum)
 
 
+def is_lasting(held: Any) -> bool:
+    """Whether a name of a library is taken to stand for the same thing for ever: code, and what it is made of."""
+    return isinstance(held, (*FIXED, torch.dtype)) or (callable(held) and not isinstance(held, LASTING))
+
+
 class Heap:
     """The objects outside the call, as the call sees them."""
 

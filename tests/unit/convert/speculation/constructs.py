@@ -663,6 +663,30 @@ def weights_read_after_the_step(parts: Parts) -> Callable[..., Any]:
     return step
 
 
+class Shared:
+    total = 0
+    half = 0.5
+
+
+@construct
+def attributes_of_functions_and_classes(parts: Parts) -> Callable[..., Any]:
+    Shared.total = 0
+
+    def counted(x, by=[1.0]):  # noqa: B006 - that calls share it is the point
+        counted.calls += 1
+        by[0] = counted.calls * 0.5
+        return x * by[0]
+
+    counted.calls = 0
+    shared = Shared()
+
+    def step(number, x, y):
+        Shared.total += 2
+        return parts.train(counted(x) / (counted.calls + 1), y), shared.total, shared.half, Shared.total
+
+    return step
+
+
 def factory(name: str) -> Any:
     make_step, options = CONSTRUCTS[name]
     return training(make_step, **{k: v for k, v in options.items() if k in ("model", "optimizer", "between", "sizes")})
