@@ -16,8 +16,6 @@ import torch
 from torch import nn
 
 from .expressions import Expressions
-from .heap import LASTING
-from .host import constant
 from .items import NONE, Dynamic, Instance, Item, Known, Mapping, Method, Outside, Place, Sequence, Stream, Tensor
 from .objects import DICTS, LISTS, Raised
 
@@ -243,7 +241,7 @@ class BuiltinFunctions(Expressions):
         """Have the host graph write something, with what it says decided here."""
         given = [self._as_written(item) for item in arguments]
         named = {name: self.host.nested(item) for name, item in keywords.items()}
-        self.host.effect(function, *first, *map(self.host.nested, given), **named)
+        self.host.effect(function, *first, *map(self.host.nested, given), keywords=named)
 
     def _as_written(self, item: Item) -> Item:
         """Return an item whose text cannot change until the call is over."""
@@ -265,10 +263,6 @@ class BuiltinFunctions(Expressions):
             isinstance(one, Tensor) or (isinstance(one, Sequence | Mapping) and self._holds_tensors(one))
             for one in held
         )
-
-    def method_of_object(self, item: Item, function: Any, arguments: list[Item], keywords: dict[str, Item]) -> Item:
-        """Call a method that is not written in Python, or one of a library object."""
-        return super().method_of_object(item, function, arguments, keywords)
 
     def call(self, callee: Item, arguments: list[Item], keywords: dict[str, Item]) -> Item:
         """Call an item."""
@@ -302,13 +296,11 @@ class BuiltinFunctions(Expressions):
 
 _LOGGING = frozenset(getattr(logging.Logger, name) for name in ("debug", "info", "warning", "error", "critical", "log"))
 
-_SPECIAL: dict[Any, str] = {
-    getattr(builtins, name): name
-    for name in (
-        "isinstance type callable len getattr hasattr setattr super enumerate zip reversed map filter iter next list"
-        " tuple any all sum min max sorted range bool str repr format print"
-    ).split()
-} | {
+_NAMES = (
+    "isinstance type callable len getattr hasattr setattr super enumerate zip reversed map filter iter next list tuple"
+    " any all sum min max sorted range bool str repr format print"
+)
+_SPECIAL: dict[Any, str] = {getattr(builtins, name): name for name in _NAMES.split()} | {
     functools.partial: "partial",
     operator.setitem: "setitem",
     types.FunctionType.__get__: "bind",
@@ -316,5 +308,3 @@ _SPECIAL: dict[Any, str] = {
     itertools.chain: "chain",
     itertools.product: "product",
 }
-
-__all__ = ["LASTING", "BuiltinFunctions", "Instance", "constant"]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections import OrderedDict, deque
 from typing import Any
 
+from .attributes import Attributes
 from .heap import is_value
 from .host import constant
 from .items import NONE, Dynamic, Item, Known, Mapping, Outside, Sequence, Stream
 from .library import DICT_CHANGES, LIST_CHANGES, PURE, SET_CHANGES
-from .objects import DICTS, LISTS, Objects, Raised
+from .objects import DICTS, LISTS, Raised
 
 
-class Containers(Objects):
+class Containers(Attributes):
     """Calls of methods of containers."""
 
     def container_method(self, item: Item, function: Any, arguments: list[Item], keywords: dict[str, Item]) -> Item:
@@ -53,9 +53,8 @@ class Containers(Objects):
         result = self._change_items(item.items, name, arguments, keywords)
         if item.value is not None:
             given = [self.host.argument(argument) for argument in arguments]
-            self.host.effect(
-                getattr(list, name), item.value, *given, **{k: self.host.argument(v) for k, v in keywords.items()}
-            )
+            named = {key: self.host.argument(argument) for key, argument in keywords.items()}
+            self.host.effect(getattr(list, name), item.value, *given, keywords=named)
         return result
 
     def _change_items(self, items: list[Item], name: str, arguments: list[Item], keywords: dict[str, Item]) -> Item:
@@ -239,7 +238,7 @@ class Containers(Objects):
         named = {key: self.known(value) for key, value in keywords.items()}
         self.dry_run(getattr(type(copied), name), [copied, *samples], named)
         nested = [self.host.argument(one) for one in given]
-        self.host.effect(function, item.value, *nested, **{k: constant(v) for k, v in named.items()})
+        self.host.effect(function, item.value, *nested, keywords={k: constant(v) for k, v in named.items()})
         return taken
 
     def _taken(self, item: Outside, name: str, given: list[Item]) -> Item:
@@ -282,5 +281,3 @@ class Containers(Objects):
 
 
 _DEQUE = ("append", "appendleft", "extend", "extendleft", "pop", "popleft", "clear", "rotate")
-
-__all__ = ["Containers", "OrderedDict", "deque"]

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from twofold.graph import current_ambient
 from twofold.capture.trace_graph import Signature, TraceGraph
 from twofold.convert.refusals import Refusal, Refused, line_of
+from twofold.graph import current_ambient
 
 from .heap import Heap, Relax
 from .host import Host

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from .calls import Calls
 from .heap import is_value
@@ -31,7 +30,7 @@ from .items import (
     Tensor,
 )
 from .library import find_in_class
-from .objects import DICTS, LISTS, Raised
+from .objects import DICTS, LISTS
 
 OPERATORS: dict[type, tuple[Callable[..., Any], str]] = {
     ast.Add: (operator.add, "add"), ast.Sub: (operator.sub, "sub"), ast.Mult: (operator.mul, "mul"),
@@ -282,7 +281,7 @@ class Expressions(Calls):
             return Sequence(kinds[0], [*self.iterate(left), *self.iterate(right)])
         if name == "mul" and (kinds[0] is None) != (kinds[1] is None):
             listed, times = (left, right) if kinds[0] is not None else (right, left)
-            if isinstance(listed, Sequence) or isinstance(listed, Outside):
+            if isinstance(listed, Sequence | Outside):
                 return Sequence(kinds[0] or kinds[1] or list, list(self.iterate(listed)) * self.known(times))
         return None
 
@@ -438,6 +437,3 @@ class _Within:
 
     def __exit__(self, *_error: object) -> None:
         self.owner.scope = self.outer
-
-
-__all__ = ["OPERATORS", "Expressions", "Raised", "torch"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import operator
 import types
+from collections import deque
 from collections.abc import Hashable
 from typing import Any
 
@@ -165,7 +166,7 @@ class Heap:
 
     def copy_of(self, held: Any) -> Any:
         """Return what stands for a foreign mutable object in the dry run."""
-        if not isinstance(held, np.ndarray | list | dict | set):
+        if not isinstance(held, np.ndarray | list | dict | set | deque):
             return held
         known = self.copies.get(id(held))
         if known is None:
@@ -213,8 +214,7 @@ class Heap:
         if assumed is not None and not (isinstance(item, Known) and equal(item.object, assumed[1])):
             raise Relax(assumed[0])
         before = self._known.get(address)
-        is_new_object = isinstance(before, Outside) and item is not before and not before.place.is_given
-        if is_new_object and before is not None:
+        if isinstance(before, Outside) and item is not before and not before.place.is_given:
             raise Relax(before.place.location)
         if before is item:
             return
@@ -248,10 +248,6 @@ class Heap:
         self._written.setdefault(id(holder.object), holder)
         self.changed.add(id(holder.object))
         return self.copy_of(holder.object)
-
-    def is_changed(self, held: Any) -> bool:
-        """Whether this call writes to an object."""
-        return id(held) in self._written
 
     def close(self) -> None:
         """Assume that objects which were written are none of the others: two names for one object see one state."""

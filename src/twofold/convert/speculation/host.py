@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,8 @@ from twofold.graph import (
     values_in,
 )
 
-from .items import Dynamic, Instance, Item, Known, Mapping, Outside, Place, Tensor
+from .items import Dynamic, Instance, Item, Known, Outside, Place, Tensor
+from .items import Mapping as Mapped
 from .items import Sequence as Listed
 from .library import is_pure
 from .speculation import Assumption, AssumptionKind, Speculation, equal, give, instance, read, settled, step, tensor
@@ -71,14 +72,18 @@ class Host:
         *arguments: Argument,
         late: bool = False,
         ambient: Ambient = _DEFAULT,
-        **keywords: Argument,
+        keywords: Mapping[str, Argument] | None = None,
     ) -> Value:
         """Append a call that returns one object. Its ambient counts for calls of torch functions alone."""
         (made,) = self._graph.node("call", target, arguments, keywords, (None,), origin=self.origin, ambient=ambient)
-        return self._note(made, late, arguments, tuple(keywords.values()))
+        return self._note(made, late, arguments, tuple((keywords or {}).values()))
 
     def effect(
-        self, target: Callable[..., Any], *arguments: Argument, ambient: Ambient = _DEFAULT, **keywords: Argument
+        self,
+        target: Callable[..., Any],
+        *arguments: Argument,
+        ambient: Ambient = _DEFAULT,
+        keywords: Mapping[str, Argument] | None = None,
     ) -> None:
         """Append a call for what it does."""
         self._graph.node("call", target, arguments, keywords, origin=self.origin, ambient=ambient)
@@ -102,11 +107,12 @@ class Host:
 
     # ---- the unit ----------------------------------------------------------------------------------------
 
-    def give(self, index: int, given: Value) -> None:
+    def give(self, index: int, given: Argument) -> None:
         """Append the supply of a feed."""
         if index not in self._given:
             self._given.add(index)
-            self._require_early(given)
+            if isinstance(given, Value):
+                self._require_early(given)
             if given in self.from_unit:
                 raise Refused(Refusal("several_units", "tensor work needs what the unit before it made", self.origin))
             self.effect(give, self.unit, index, given)
@@ -230,7 +236,7 @@ class Host:
                 return item.value
             case Listed() if item.kind is tuple and item.value is None:
                 return tuple(self.argument(inner) for inner in item.items)
-            case Listed() | Mapping() | Instance():
+            case Listed() | Mapped() | Instance():
                 if item.value is None:
                     item.value = self._make(item)
                 return item.value
@@ -243,26 +249,26 @@ class Host:
         match item:
             case Listed() if item.kind in (list, tuple) and item.value is None:
                 return item.kind(self.nested(inner) for inner in item.items)
-            case Mapping() if (
+            case Mapped() if (
                 item.kind is dict and item.value is None and all(type(k) in SCALAR_TYPES for k in item.entries)
             ):
                 return {key: self.nested(inner) for key, inner in item.entries.items()}
             case _:
                 return self.argument(item)
 
-    def _make(self, item: Listed | Mapping | Instance) -> Value:
+    def _make(self, item: Listed | Mapped | Instance) -> Value:
         match item:
             case Listed():
                 items = [self.argument(inner) for inner in item.items]
                 if item.kind in (list, tuple, torch.Size) or item.kind.__module__ == "torch.return_types":
                     return self.call(item.kind, items)
                 return self.call(item.kind, *items)  # a named tuple
-            case Mapping():
+            case Mapped():
                 entries = {key: self.argument(inner) for key, inner in item.entries.items()}
                 if item.kind is set:
                     return self.call(set, list(entries))
                 if not all(type(key) in SCALAR_TYPES for key in entries):
-                    pairs = [(constant(key), inner) for key, inner in entries.items()]
+                    pairs: list[Argument] = [(constant(key), inner) for key, inner in entries.items()]
                     return self.call(item.kind, pairs)
                 return self.call(item.kind, entries)
             case Instance():
@@ -274,7 +280,7 @@ class Host:
     def finish(self, result: Item, path: Path) -> Speculation:
         """Return the finished speculation."""
         graph = drop_unread(self._graph.finish((self.argument(result),)))
-        roots = {value: held for value, held in self._roots.values()}
+        roots = dict(self._roots.values())
         return Speculation(graph, roots, path, tuple(self.assumptions))
 
 

@@ -161,4 +161,11 @@ class Stream(Item):
     upcoming: Iterator[Item]
 
 
+def rebuild(kind: type, items: list[Any]) -> Any:
+    """Make a list or tuple, named ones included."""
+    if kind in (list, tuple, torch.Size) or kind.__module__ == "torch.return_types":
+        return kind(items)
+    return kind(*items)
+
+
 NONE = Known(None)

@@ -113,26 +113,9 @@ def is_change(function: Any) -> bool:
     )
 
 
+_AUGMENTED = "add and concat floordiv lshift matmul mod mul or pow rshift sub truediv xor"
 _I_NAMES = frozenset({"__invert__", "__iter__", "__int__", "__index__", "__init__"})
-_IN_PLACE_OPERATORS = frozenset(
-    [
-        "iadd",
-        "iand",
-        "iconcat",
-        "ifloordiv",
-        "ilshift",
-        "imatmul",
-        "imod",
-        "imul",
-        "ior",
-        "ipow",
-        "irshift",
-        "isub",
-        "itruediv",
-        "ixor",
-        "setitem",
-    ]
-)
+_IN_PLACE_OPERATORS = frozenset({f"i{name}" for name in _AUGMENTED.split()} | {"setitem"})
 
 
 def is_overridable(function: Any) -> bool:

@@ -95,7 +95,7 @@ def loops(parts: Parts) -> Callable[..., Any]:
             total += 3
         else:
             total += 1
-        for i, (a, b) in enumerate(zip([1, 2], (3, 4)), start=1):
+        for i, (a, b) in enumerate(zip([1, 2], (3, 4), strict=True), start=1):
             total += i * a * b
         for key, value in {"a": 1, "b": 2}.items():
             total += value * len(key)
@@ -337,7 +337,7 @@ def text_and_print(parts: Parts) -> Callable[..., Any]:
         parts.optimizer.zero_grad()
         loss.backward()
         parts.optimizer.step()
-        return "%.2f" % value, f"{value:.1f}", str(round(value, 2))
+        return "%.2f" % value, f"{value:.1f}", str(round(value, 2))  # noqa: UP031
 
     return step
 
