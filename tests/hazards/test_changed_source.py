@@ -19,11 +19,8 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-STALE = pytest.mark.xfail(reason="speculation reads the text that another version of the file had")
-
-
 @pytest.mark.parametrize(
-    "engine", [pytest.param("auto", marks=STALE), "coexecution", pytest.param("speculation", marks=STALE)]
+    "engine", ["auto", "coexecution", "speculation"]
 )
 def test_a_module_is_edited_and_loaded_again(engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "edited.py"

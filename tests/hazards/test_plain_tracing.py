@@ -231,10 +231,7 @@ HAZARDS = {
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", HAZARDS)
-def test_what_changes_after_the_first_calls_is_seen(name: str, engine: str, request: pytest.FixtureRequest) -> None:
-    if name == "default" and engine != "coexecution":
-        reason = "speculation does not see an item of a default written by way of __defaults__"
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_what_changes_after_the_first_calls_is_seen(name: str, engine: str) -> None:
     runs_as_graph(HAZARDS[name].factory, STEPS, engine=engine)
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from twofold.graph import Origin, TensorSpec
 
@@ -151,6 +152,9 @@ class TraceGraph:
         self.paths: list[Path] = []
         self.placeholders: Placeholders = {}
         self._leaves: dict[int, torch.Tensor] = {}
+        self._unhooked_at: tuple[int, int] | None = None
+        """The number of the next handle, and of leaves, when no leaf was seen to run hooks."""
+        self._unhooked: tuple[tuple[bool, ...], ...] = ()
         self._relaxed: dict[PathNode, None] = {}
         """Nodes whose checks are to be compiled again before the next unit."""
         self.host_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
@@ -188,7 +192,23 @@ class TraceGraph:
         The switches of PyTorch that choose kernels. Then, for each leaf known to get gradients: whether it has none,
         requires one, runs no hooks, and none after accumulation.
         """
-        return (_switches(), *_leaf_states(self._leaves.values()))
+        leaves = self._leaves.values()  # all loops here are C's: this is done before each unit
+        without_gradient = tuple(map(operator.is_, map(_grad, leaves), itertools.repeat(None)))
+        return (_switches(), without_gradient, tuple(map(_requires_grad, leaves)), *self._unhooked_states())
+
+    def _unhooked_states(self) -> tuple[tuple[bool, ...], ...]:
+        """Return which leaves run no hooks, and none after accumulation.
+
+        Every hook is registered with a handle of its own, and handles are numbered: without a new one there is none.
+        """
+        now = RemovableHandle.next_id, len(self._leaves)
+        if now == self._unhooked_at:
+            return self._unhooked
+        leaves = self._leaves.values()
+        states = tuple(map(operator.not_, map(_hooks, leaves))), tuple(map(operator.not_, map(_late_hooks, leaves)))
+        if all(map(all, states)):
+            self._unhooked_at, self._unhooked = now, states
+        return states
 
     def root(self, signature: Signature) -> PathNode:
         """Return the root for units that begin so."""
@@ -377,16 +397,6 @@ def _switches() -> tuple[Any, ...]:
 _grad, _requires_grad, _hooks, _late_hooks = map(
     operator.attrgetter, ("grad", "requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 )
-
-
-def _leaf_states(leaves: Collection[torch.Tensor]) -> tuple[tuple[bool, ...], ...]:
-    """Return one tuple for each thing that is looked at. Done before each unit, so all loops here are C's."""
-    return (
-        tuple(map(operator.is_, map(_grad, leaves), itertools.repeat(None))),
-        tuple(map(_requires_grad, leaves)),
-        tuple(map(operator.not_, map(_hooks, leaves))),
-        tuple(map(operator.not_, map(_late_hooks, leaves))),
-    )
 
 
 def _externals_of(event: Event, trace: Trace) -> list[torch.Tensor]:

@@ -30,6 +30,8 @@ INFIX: dict[Any, str] = {
 }
 """Functions that have an operator, which is faster."""
 
+PREFIX: dict[Any, str] = {operator.not_: "not ", operator.truth: "not not ", operator.neg: "-"}
+
 
 def operation(node: Node, arguments: Sequence[str], keywords: Sequence[str], name: Callable[[Any], str]) -> str:
     """Return what does the work of a node, as a statement or an expression.
@@ -51,6 +53,8 @@ def operation(node: Node, arguments: Sequence[str], keywords: Sequence[str], nam
             pass
     if target in INFIX:
         return f"{arguments[0]} {INFIX[target]} {arguments[1]}"
+    if target in PREFIX:
+        return PREFIX[target] + arguments[0]
     if target is method and _is_name(node.arguments[1]):
         return f"{arguments[0]}.{node.arguments[1]}({', '.join([*arguments[2:], *keywords])})"
     if target is apply:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .items import Dynamic, Instance, Item, Known, Mapping, Method, Outside, Place, Sequence, Super, Tensor
+from .heap import is_lasting, is_value
+from .items import NONE, Dynamic, Instance, Item, Known, Mapping, Method, Outside, Place, Sequence, Super, Tensor
 from .library import find_in_class, is_data_descriptor, is_library
 from .objects import Objects, Raised, is_array
 
@@ -27,6 +28,10 @@ class Attributes(Objects):
                 return self._attribute_of_module(item.object, name)
             case Known() if isinstance(item.object, type):
                 return self._attribute_of_class(item.object, name)
+            case Known() if isinstance(item.object, types.FunctionType) and name in ("__defaults__", "__kwdefaults__"):
+                return NONE if getattr(item.object, name) is None else self.part_of(item.object, name)
+            case Known() if isinstance(item.object, types.FunctionType) and name in vars(item.object):
+                return self.heap.read(self._function(item.object), "get_attr", name)
             case Known() | Dynamic() | Sequence() | Mapping():
                 return self._attribute_of_value(item, name)
             case Super():
@@ -51,7 +56,7 @@ class Attributes(Objects):
             held = getattr(module, name)
         except AttributeError as error:
             raise Raised(error) from None
-        if is_library(module.__name__) or isinstance(held, types.ModuleType):
+        if isinstance(held, types.ModuleType) or (is_library(module.__name__) and is_lasting(held)):
             return Known(held)
         place = Place(module.__name__, id(module), False)
         return self.heap.read(Outside(module, self.host.root(module.__name__, module), place), "get_attr", name)
@@ -65,10 +70,20 @@ class Attributes(Objects):
         owner, held = found
         if isinstance(held, classmethod):
             return Method(Known(held.__func__), Known(kind))
-        if is_library(owner.__module__) or isinstance(held, staticmethod | types.FunctionType):
+        if (is_library(owner.__module__) and is_lasting(held)) or isinstance(held, staticmethod | types.FunctionType):
             self._assume_class(owner, name)
             return Known(getattr(kind, name))
         return self.heap.read(self._class(owner), "get_attr", name)
+
+    def _function(self, function: types.FunctionType) -> Outside:
+        place = Place(function.__qualname__, id(function), False)
+        return Outside(function, self.host.root(function.__name__, function), place)
+
+    def part_of(self, function: types.FunctionType, name: str) -> Outside:
+        """Return the defaults of a function, to be read one by one: its calls share those that can change."""
+        found = self.heap.read_object(self._function(function), name)
+        assert isinstance(found, Outside)
+        return found
 
     def _class(self, owner: type) -> Outside:
         place = Place(owner.__qualname__, id(owner), False)
@@ -101,9 +116,12 @@ class Attributes(Objects):
             late = self.heap.arrays_changed and is_array(item.sample)
             return Dynamic(sample, self.host.fetch("get_attr", item.value, name, late))
         try:
-            return self.plain(getattr(self.known(item), name))
+            held = getattr(self.known(item), name)
         except AttributeError as error:
             raise Raised(error) from None
+        if not (is_value(held) or is_lasting(held)):
+            raise self.refuse("unsupported_object", f"reads .{name} of {self.describe(item)}")
+        return self.plain(held)
 
     def _attribute_of_super(self, item: Super, name: str) -> Item:
         order = self.type_of(item.receiver).__mro__
@@ -188,6 +206,14 @@ class Attributes(Objects):
         """Do `item.name = value`."""
         if isinstance(item, Tensor) and name == "grad":
             self.native(setattr, [item, Known(name), value], {})
+            return
+        if isinstance(item, Known) and isinstance(item.object, types.FunctionType) and not name.startswith("__"):
+            item = self._function(item.object)
+        elif isinstance(item, Known) and type(item.object) is type and not is_library(item.object.__module__):
+            held = vars(item.object).get(name)
+            if name.startswith("__") or is_data_descriptor(held) or isinstance(held, types.FunctionType):
+                raise self.refuse("unsupported_object", f"writes .{name} of a class")
+            self.heap.write(self._class(item.object), "set_attr", name, value)
             return
         if not isinstance(item, Outside | Instance):
             raise self.refuse("unsupported_object", f"writes .{name} of {self.describe(item)}")

@@ -158,26 +158,23 @@ class Calls(TorchCalls):
         code = Code.of(function) if _may_inline(function) else None
         if code is None:
             raise self.refuse("foreign_function", f"calls {function.__module__}.{function.__qualname__}")
-        defaults = list(map(self.default(function), range(len(function.__defaults__ or ()))))
-        named = {name: self.default(function)(name) for name in function.__kwdefaults__ or {}}
+        defaults = self._defaults(function)
+        named = self._keyword_defaults(function)
         closure = Closure(code, Scope(code, frozenset(), None), defaults, named)
         return self._inline(code, None, self._bind_closure(closure, arguments, keywords))
 
-    def default(self, function: types.FunctionType) -> Callable[[Any], Item]:
-        """Return how to read a default value of a function: mutable ones are shared by its calls."""
+    def _defaults(self, function: types.FunctionType) -> list[Item]:
+        """Return the default values of a function: mutable ones are shared by its calls."""
+        if not function.__defaults__:
+            return []
+        held = self.part_of(function, "__defaults__")
+        return [self.heap.read(held, "get_item", index) for index in range(len(function.__defaults__))]
 
-        def read(key: int | str) -> Item:
-            held: Any = (function.__defaults__ if isinstance(key, int) else function.__kwdefaults__)[key]  # type: ignore[index]
-            root = self.host.root(function.__name__, function)
-            name = "__defaults__" if isinstance(key, int) else "__kwdefaults__"
-            place = Place(f"{function.__name__}.{name}[{key}]", (id(function), name, key), False)
-            if isinstance(held, bool | int | float | str | type(None)):
-                return Known(held)
-            return self.heap.item(
-                held, self.host.fetch("get_item", self.host.fetch("get_attr", root, name), key), place
-            )
-
-        return read
+    def _keyword_defaults(self, function: types.FunctionType) -> dict[str, Item]:
+        if not function.__kwdefaults__:
+            return {}
+        held = self.part_of(function, "__kwdefaults__")
+        return {name: self.heap.read(held, "get_item", name) for name in function.__kwdefaults__}
 
     def _bind_closure(self, closure: Closure, given: list[Item], named: dict[str, Item]) -> dict[str, Item]:
         """Return the variables that a function begins with."""

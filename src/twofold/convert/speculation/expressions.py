@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .calls import Calls
-from .heap import is_value
+from .heap import is_lasting, is_value
 from .items import (
     NONE,
     Closure,
@@ -107,7 +107,7 @@ class Expressions(Calls):
         if written is not None:
             return written
         if name in held:
-            if self.scope.code.is_library:
+            if self.scope.code.is_library and is_lasting(held[name]):
                 return Known(held[name])
             return self.heap.read(holder, "get_item", name)
         if not hasattr(builtins, name):

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import builtins
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from twofold.convert.python_text import INFIX, operation
+from torch.utils.hooks import RemovableHandle
+
+from twofold.convert.python_text import INFIX, PREFIX, operation
 from twofold.graph import Constant, Graph, Node, Value, ambient_context, values_in
 
 from .library import is_torch
 from .schedule import is_effect
-from .speculation import commit, give, launch, read, step, tensor
+from .speculation import commit, equal, give, launch, read, step, tensor, unhooked
 
 DEEPEST = 6
 """Expressions are nested so deep and no deeper."""
 
 _ON_UNIT: dict[Any, str] = {function: function.__name__ for function in (give, read, step, tensor, launch, commit)}
+_NOT_ATOMS = frozenset({*INFIX, *PREFIX, equal, unhooked})
 _NUMBERS = itertools.count()
 
 
@@ -40,7 +44,10 @@ def generate(graph: Graph, roots: Mapping[Value, Any]) -> HostFunction:
     `roots` are what the other inputs stand for. Raises ValueError for nodes that hold SubGraphs or have two results.
     """
     text, scope = _Writer(graph, roots).written()
-    exec(compile(text, f"<speculation {graph.name} {next(_NUMBERS)}>", "exec"), scope)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # the program may well ask whether 1 is 2
+        code = compile(text, f"<speculation {graph.name} {next(_NUMBERS)}>", "exec")
+    exec(code, scope)
     return HostFunction(text, scope["call"])
 
 
@@ -98,7 +105,7 @@ class _Writer:
     def _work(self, node: Node) -> None:
         arguments = [self._text(argument) for argument in node.arguments]
         keywords = [f"{name}={self._text(argument)}" for name, argument in node.keywords]
-        text = operation(node, arguments, keywords, self._name)
+        text = self._check(node, arguments) or operation(node, arguments, keywords, self._name)
         if node.op == "call" and is_torch(node.target):
             self._take(node.operands)
             self._line(f"with {self._name(ambient_context)}({self._name(node.ambient)}):")
@@ -107,11 +114,28 @@ class _Writer:
         depth = 1 + max((self._known[value].depth for value in node.operands), default=0)
         if not is_effect(node) and self._uses.get(node.results[0]) == 1 and depth < DEEPEST:
             self._pending = [value for value in self._pending if value not in node.operands]
-            self._known[node.results[0]] = _Expression(text, depth, node.target in INFIX)
+            self._known[node.results[0]] = _Expression(text, depth, node.target in _NOT_ATOMS)
             self._pending.append(node.results[0])
             return
         self._take(node.operands)
         self._statement(node, text)
+
+    def _check(self, node: Node, arguments: list[str]) -> str:
+        """Return a faster text for the predicates that most guards are made of; nothing for all other nodes."""
+        checked = arguments[0] if arguments else ""
+        if node.target is unhooked and checked.isidentifier():
+            # Every hook of PyTorch is registered with a handle of its own, and handles are numbered.
+            self._scope.update(_RemovableHandle=RemovableHandle, _handles=RemovableHandle.next_id)
+            called = f"(_RemovableHandle.next_id == _handles or {self._name(unhooked)}({checked}))"
+            return f"{called} and {checked}._compiled_call_impl is None and 'forward' not in {checked}.__dict__"
+        if node.target is not equal:
+            return ""
+        expected: Any = node.arguments[1]
+        if type(expected) is tuple and all(type(item) is str for item in expected):
+            return f"{checked} == {self._name(expected)}"
+        held = self._name(expected.object if isinstance(expected, Constant) else expected)
+        bound, again = (checked, checked) if checked.isidentifier() else (f"(held := {checked})", "held")
+        return f"{bound} is {held} or {self._name(equal)}({again}, {held})"
 
     # ---- lines and names ---------------------------------------------------------------------------------
 

@@ -57,6 +57,11 @@ def is_value(held: Any) -> bool:
     return type(held) in VALUES or isinstance(held, enum.Enum)
 
 
+def is_lasting(held: Any) -> bool:
+    """Whether a name of a library is taken to stand for the same thing for ever: code, and what it is made of."""
+    return isinstance(held, (*FIXED, torch.dtype)) or (callable(held) and not isinstance(held, LASTING))
+
+
 class Heap:
     """The objects outside the call, as the call sees them."""
 
@@ -96,6 +101,16 @@ class Heap:
             self._known[address] = known
             if isinstance(known, Known):
                 self._assumed[address] = place.location, held
+        return known
+
+    def read_object(self, holder: Outside, name: str) -> Item:
+        """Return an attribute that is taken for an object whatever it holds, so that its items are read one by one."""
+        address = (id(holder.object), "get_attr", name)
+        known = self._known.get(address)
+        if known is None:
+            place = holder.place.attribute(holder.object, name)
+            value = self._host.fetch("get_attr", holder.value, name)
+            known = self._known[address] = self._outside(getattr(holder.object, name), value, place, False)
         return known
 
     def item(self, held: Any, value: Value, place: Place) -> Item:

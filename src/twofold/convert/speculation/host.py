@@ -167,7 +167,9 @@ class Host:
         if expected is None or isinstance(expected, bool):
             predicate = self.call(operator.is_, value, expected)
         else:
-            predicate = self.call(equal, value, constant(expected))
+            # By reference, because the check begins with identity; but keys, the tuple of which is made each time.
+            is_kept = type(expected) is tuple and not all(type(item) is str for item in expected)
+            predicate = self.call(equal, value, Constant(expected) if is_kept else constant(expected))
         self.assume("value", place, shown(expected), predicate)
 
     def assume_identity(self, value: Value, expected: Any, place: Place, kind: AssumptionKind = "identity") -> None:

@@ -134,12 +134,26 @@ def _definitions(file: str, text: str) -> dict[int, list[Definition]]:
     return found
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
+def _code_objects(file: str, text: str) -> frozenset[CodeType]:
+    """Return the code objects that a file compiles to."""
+    pending = [compile(text, file, "exec", dont_inherit=True)]
+    found: set[CodeType] = set()
+    while pending:
+        code = pending.pop()
+        found.add(code)
+        pending.extend(held for held in code.co_consts if isinstance(held, CodeType))
+    return frozenset(found)
+
+
 def _definition(code: CodeType) -> Definition | None:
+    """Return the syntax that a code object was compiled from; None if the file does not say that any more."""
+    linecache.checkcache(code.co_filename)
     text = "".join(linecache.getlines(code.co_filename))
-    if not text:
-        return None
     try:
+        # Code objects are equal if their instructions, constants, names and positions are.
+        if not text or code not in _code_objects(code.co_filename, text):
+            return None
         listed = _definitions(code.co_filename, text).get(code.co_firstlineno, [])
     except SyntaxError:
         return None
