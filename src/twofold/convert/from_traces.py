@@ -97,8 +97,13 @@ class OptimizerPlan:
             )
             and all(map(operator.is_, map(self.state.get, owners), states))
             and all(map(operator.is_, map(dict.get, states, keys), tensors))
-            and (self.outside or hyper_parameters(self.optimizer, self.free) == self.hyper_parameters)
+            and (self.outside or all(map(_agrees, groups, self.hyper_parameters)))
         )
+
+
+def _agrees(group: dict[str, Any], known: dict[str, Any]) -> bool:
+    """Whether a parameter group has the settings it had."""
+    return [group.get(key) for key in known] == list(known.values())
 
 
 def _state_tensors(optimizer: Optimizer) -> Iterator[tuple[Any, dict[str, Any], str, torch.Tensor]]:

@@ -104,9 +104,8 @@ class _Conversion:
         interpreter.assume_measured()
         heap.close()
         speculation = host.finish(result, path)
-        unknown = {node.arguments[1] for node in speculation.host.nodes if node.target is tensor}
-        unknown -= path.program.escapes.keys()
-        if unknown:
+        kept = [node.arguments[1] for node in speculation.host.nodes if node.target is tensor]
+        if any(slot not in path.program.escapes for slot in kept):
             raise Refused(Refusal("no_graph", "a tensor of the unit is kept that was not kept before", host.origin))
         return speculation
 

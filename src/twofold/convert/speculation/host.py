@@ -289,8 +289,9 @@ def drop_overwritten(graph: Graph, replaceable: Collection[tuple[str, Value, Has
     for node in reversed(graph.nodes):
         if node.op in ("set_attr", "set_item"):
             holder, key, _ = node.arguments
-            is_plain = isinstance(holder, Value) and isinstance(key, int | str)
-            place = (node.op, holder, key) if is_plain else None
+            place = None
+            if isinstance(holder, Value) and isinstance(key, int | str):
+                place = str(node.op), holder, key
             if place in later:
                 continue
             if place is not None and place in replaceable:

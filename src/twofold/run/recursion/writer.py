@@ -198,10 +198,10 @@ def _writes(node: fx.Node) -> bool:
 
 def _index(source: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     """Do what `source[indices]` does; rows named by numbers that do not count from the end are copied at once."""
-    rows: Any = indices[0] if len(indices) == 1 else None
-    numbers = rows is not None and rows.dim() == 1 and rows.dtype is torch.int64
-    if numbers and source.device.type == "cpu" and len(rows) and int(rows.amin()) >= 0:
-        return source.index_select(0, rows)
+    rows = indices[0]
+    if rows is not None and len(indices) == 1 and rows.dim() == 1 and rows.dtype is torch.int64 and len(rows):
+        copied = source.device.type == "cpu" and int(rows.amin()) >= 0
+        return source.index_select(0, rows) if copied else aten.index.Tensor(source, indices)
     return aten.index.Tensor(source, indices)
 
 
