@@ -19,9 +19,7 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(
-    "engine", ["auto", "coexecution", "speculation"]
-)
+@pytest.mark.parametrize("engine", ["auto", "coexecution", "speculation"])
 def test_a_module_is_edited_and_loaded_again(engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "edited.py"
     for text in ("print('before')", "n = 1"):
