@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.hazards.programs import Parts, same, training
+from tests.hazards.test_launch_ahead import ahead as ahead  # a fixture
 from twofold.backends.executable import Environment
 from twofold.backends.replay import ReplayExecutable
 from twofold.convert.from_traces import Program
@@ -41,8 +42,9 @@ def clears_late(parts: Parts) -> Any:
         if number % 7 != 6:
             parts.optimizer.zero_grad()
         loss.backward()
+        total = next(parts.model.parameters()).grad.sum().item()
         parts.optimizer.step()
-        return value
+        return value + total
 
     return step
 
@@ -107,7 +109,15 @@ def test_gradients_are_eagers_where_memory_is_used_again(name: str, engine: str)
 
 
 @pytest.mark.usefixtures("reusing")
-def test_harness_catches_gradients_in_memory_that_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["coexecution", "speculation"])
+def test_gradients_are_eagers_where_the_device_goes_ahead(engine: str, ahead: list[int]) -> None:
+    same(training(clears_late), STEPS, engine=engine)
+    assert ahead
+
+
+@pytest.mark.usefixtures("reusing", "ahead")
+@pytest.mark.parametrize("name", ["keeps", "clears_late"])
+def test_harness_catches_gradients_in_memory_that_is_used_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare = Installed.__post_init__
 
     def copy_nothing(self: Installed) -> None:
@@ -116,7 +126,7 @@ def test_harness_catches_gradients_in_memory_that_is_used_again(monkeypatch: pyt
 
     monkeypatch.setattr(Installed, "__post_init__", copy_nothing)
     with pytest.raises(AssertionError, match="differences from eager"):
-        same(training(keeps), STEPS, engine="coexecution")
+        same(training(PROGRAMS[name]), STEPS, engine="coexecution")
 
 
 def test_harness_catches_gradients_that_are_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

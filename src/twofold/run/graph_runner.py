@@ -276,8 +276,8 @@ class GraphRunner:
         """Set `.grad` of all leaves to what eager execution leaves there, in memory of their own."""
         exits, is_copied = self.installed.exits, self.installed.copied_exits
         gradients = [None if value is None else self.value(value) for _, value in exits]
-        made = [gradient for gradient, copied in zip(gradients, is_copied, strict=True) if copied]
-        copies = [torch.empty_like(gradient) for gradient in made if gradient is not None]
+        made = [g for g, copied in zip(gradients, is_copied, strict=True) if copied and g is not None]
+        copies = [torch.empty_like(gradient) for gradient in made]
         if copies:
             torch._foreach_copy_(copies, made)  # one kernel for all
         rest = iter(copies)
