@@ -37,6 +37,7 @@ from twofold.report import Report
 from twofold.run.account import Account
 from twofold.run.builder import Builder
 from twofold.run.python_runner import PythonRunner
+from twofold.run.recursion import PENDING
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,6 +84,8 @@ class _Driver:
         """Choose and start the next unit."""
         signature = self.graph.signature()
         self._mode = self.next_mode(signature)
+        if self._mode is not Mode.IDLE:
+            PENDING.flush()  # results of recursive calls that the unit is given shall be ordinary tensors
         self._timing = self.builder.is_timing(self._likely) and self._mode is not Mode.RECORD
         if self._timing and self.graph.has_accelerator:
             torch.cuda.synchronize()
@@ -262,6 +265,8 @@ class Function(Generic[P, R]):
             driver.between_units = None
             if driver.interception.active:
                 self._end_call()
+            elif driver.runner.in_unit:  # nothing more was heard of it
+                driver.end()
             return result
         except BaseException:
             driver.between_units = None

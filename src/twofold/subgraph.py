@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from twofold.capture.intercept import heard_by_listener_alone, modes_taken_off, unwatch
 from twofold.convert.from_source import Converted, Outer, Recursive, Refusal, Refused, Slices, convert, slice_graph
 from twofold.errors import NotConvertibleError
 from twofold.graph import show
@@ -52,8 +53,7 @@ class SubGraphFunction(Recursive):
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Call the function: its tensors are computed when a value is needed, those of several calls together."""
-        plain = self._eager or self._thread != threading.get_ident() or _watched()
-        program = None if plain else self._ready()
+        program = self._usable()
         if program is None:
             first = [] if self.receiver is None else [self.receiver]
             return self.function(*first, *arguments, **keywords)
@@ -82,10 +82,21 @@ class SubGraphFunction(Recursive):
         except Refused as refused:
             raise NotConvertibleError(str(refused.refusal)) from None
 
+    def _usable(self) -> Program | None:
+        """Return the program that the call may run by; None if it has to be plain Python."""
+        if self.refusal is not None or self._eager or self._thread != threading.get_ident():
+            return None
+        if not _watched():
+            return self._ready()
+        if not heard_by_listener_alone() or _changed():
+            return None
+        with modes_taken_off():
+            program = self._ready()
+        heard = program is not None and not unwatch("recursion", f"{self.__name__} is recursive, and runs batched")
+        return None if heard else program
+
     def _ready(self) -> Program | None:
         """Return the program for the outside world as it is; None if the function is refused."""
-        if self.refusal is not None:
-            return None
         for world, program in self._programs:
             if world.holds():
                 return program
@@ -150,12 +161,13 @@ def _unchanged(outer: Outer) -> bool:
 
 def _watched() -> bool:
     """Say whether something wants to see each operation, or changes what it does: then calls run as plain Python."""
+    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or _changed())
+
+
+def _changed() -> bool:
+    """Say whether operations do something else than usual in this thread."""
     return bool(
-        torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_any_autocast_enabled()
-        or torch.is_inference_mode_enabled()
-        or torch.compiler.is_compiling()
+        torch._C._is_any_autocast_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling()
     )
 
 

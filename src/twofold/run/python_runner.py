@@ -5,8 +5,8 @@ placeholder. It waits only where Python needs a value. Where the program leaves 
 unit back into an eager one: state is restored, the calls made so far are run for real, every placeholder in the
 user's hands becomes the tensor it stood for, and the rest of the unit runs eagerly under the recorder.
 
-At any time the runner is in one of three states: following (`_node` is set), recording (`_recorder` is set), or
-idle, when calls pass through untouched.
+At any time the runner is in one of four states: following (`_node` is set), recording (`_recorder` is set), hearing
+no more of a unit that it heard the beginning of (`_unheard` is set), or idle, when calls pass through untouched.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class PythonRunner:
         self._placeholders = graph.placeholders
         self._node: PathNode | None = None
         self._recorder: Recorder | None = None
+        self._unheard: Trace | None = None
         self._signature: Signature = ()
         self._slots: list[torch.Tensor] = []
         self._feeds: dict[int, Any] = {}  # tensors, and numbers that are fed as tensors
@@ -80,7 +81,9 @@ class PythonRunner:
 
     @property
     def in_unit(self) -> bool:
-        """Whether the unit has seen a call."""
+        """Whether the unit has seen a call, or hears no more of what it does."""
+        if self._unheard is not None:
+            return True
         if self._node is not None:
             return self._node.parent is not None
         return self._recorder is not None and bool(self._recorder.trace.events or self._recorder.trace.refusal)
@@ -92,6 +95,9 @@ class PythonRunner:
                 self._finish_graph(self._node)
             if self._recorder is not None:
                 self._finish_trace()
+        if self._unheard is not None:
+            trace, self._unheard = self._unheard, None
+            self._on_end(None, trace, self._signature)
 
     def drop(self) -> None:
         """End a unit that is no unit, without a trace: all that it did was done eagerly."""
@@ -117,6 +123,9 @@ class PythonRunner:
             self._recorder = None
             self._reset()
             self.account.eager_calls += len(trace.events)
+            self._on_end(None, None, self._signature)
+        if self._unheard is not None:
+            self._unheard = None
             self._on_end(None, None, self._signature)
 
     def _reset(self) -> None:
@@ -231,6 +240,16 @@ class PythonRunner:
             self.leave(code, what)
         if self._recorder is not None:
             self._recorder.refuse(code, what, user_origin())
+
+    def unwatch(self, code: str, what: str) -> None:
+        """Nothing more of the unit will be heard, which refuses it; see `Listener`."""
+        self.foreign_call(code, what)
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            with unheard():
+                self._unheard = recorder.finish()
+            self._reset()
+            self.account.eager_calls += len(self._unheard.events)
 
     def host_work(self) -> None:
         """Library code runs unheard: random numbers must be drawn in eager's order; see `Listener`."""
