@@ -33,6 +33,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from twofold.convert.from_source import line_of
 from twofold.graph import Constant, Node, SubGraph, Value, evaluate, values_in
 
+from .decompositions import DECOMPOSITIONS
 from .rewrite import fuse_products, join_gates
 
 aten = torch.ops.aten
@@ -221,7 +222,7 @@ def _trace(
     wanted = [index for index, sample in enumerate(samples) if sample.differentiable]
 
     def single(index: Tensor, *values: Any) -> tuple[Tensor, ...]:
-        held = run_body(body, values, {torch.tensor: construct, torch.as_tensor: construct})
+        held = run_body(body, values, {**DECOMPOSITIONS, torch.tensor: construct, torch.as_tensor: construct})
         return tuple(_as_tensor(item, result) for item, result in zip(held, results, strict=True))
 
     def mapped(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -116,15 +116,15 @@ def test_a_block_is_the_tensor_slice_of_one_way() -> None:
     ]
 
 
-def on_a_value(node: Any) -> Any:
+def on_memory(node: Any) -> Any:
     h = layer(weights[:1])
-    if h.sum() > 0:
+    if h.detach().numpy()[0, 0] > 0:
         return h
-    return on_a_value(node.left)
+    return on_memory(node.left)
 
 
-def with_a_tensor_argument(node: Any, h: Any) -> Any:
-    return with_a_tensor_argument(node.left, layer(h * weights[0]))
+def with_a_list_argument(node: Any, states: Any) -> Any:
+    return with_a_list_argument(node.left, [layer(weights[:1]), weights[0]])
 
 
 def returning_from_a_loop(node: Any) -> Any:
@@ -167,8 +167,12 @@ def writing(node: Any) -> Any:
 @pytest.mark.parametrize(
     ("function", "code", "line"),
     [
-        (on_a_value, "tensor_fetch", "if h.sum() > 0:"),
-        (with_a_tensor_argument, "tensor_argument", "return with_a_tensor_argument(node.left, layer(h * weights[0]))"),
+        (on_memory, "tensor_fetch", "if h.detach().numpy()[0, 0] > 0:"),
+        (
+            with_a_list_argument,
+            "tensor_argument",
+            "return with_a_list_argument(node.left, [layer(weights[:1]), weights[0]])",
+        ),
         (returning_from_a_loop, "return_in_loop", "for child in node.children:"),
         (trying, "unsupported_syntax", "try:"),
         (generating, "unsupported_syntax", "yield weights[0]"),
