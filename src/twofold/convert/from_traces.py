@@ -35,6 +35,7 @@ from twofold.graph import Ambient, Graph, Node, Origin, TensorSpec, Value, elimi
 
 from .histories import BackwardPlan, HistoryPlan, residuals_of
 from .optimizers import Setting, hyper_parameters, lower_step, replays_exactly
+from .products import merge_products
 from .segments import Segment, cut, root_of, view_nodes
 
 _AMBIENT = Ambient(grad=False)
@@ -453,5 +454,7 @@ class _Builder:
         feeds = [Node("feed", None, (), (("name", value.name),), (value,)) for value in (*self.feeds, *self.tangents)]
         graph = Graph("unit", inputs, (*feeds, *self.nodes), tuple(dict.fromkeys(finals)))
         graph = eliminate_dead_code(graph)
+        if not self.exact:
+            graph = merge_products(graph)
         verify(graph)
         return graph

@@ -1,0 +1,84 @@
+"""What speculation makes of a function: its host graph, the path of tensor work beneath it, and what both rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from twofold.capture.trace_graph import Path
+from twofold.graph import Graph, Origin, Value
+
+AssumptionKind = Literal["type", "value", "identity", "tensor", "length", "branch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Assumption:
+    """One thing that a host graph relies on and checks (Janus, section 4).
+
+    `subject` is written as the program would write it (`self.layers[3].training`), `expected` is what it was.
+    """
+
+    kind: AssumptionKind
+    subject: str
+    expected: str
+    origin: Origin | None
+    location: Hashable
+    """Where the value is read. A `value` that fails is read anew each time from then on: its location is relaxed."""
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.kind} {self.expected} ({self.origin or 'no origin'})"
+
+
+@dataclass(frozen=True, eq=False)
+class Speculation:
+    """One way through a function, with all its Python but what must be done anew in each call taken out.
+
+    `host` takes the unit, the positional arguments (a tuple), the keywords (a dict) and then the `roots`; it returns
+    what the function returns. Its nodes are in program order, effects and the functions below included. The message
+    of each `assert` is the index of its assumption.
+    """
+
+    host: Graph
+    roots: Mapping[Value, Any]
+    """What functions reach without being given it: globals, cells, receivers, by the inputs of `host`."""
+    path: Path
+    assumptions: tuple[Assumption, ...]
+
+
+class Unit(Protocol):
+    """The tensor work of one call, as the host graph sees it."""
+
+    def give(self, index: int, given: Any) -> None:
+        """Supply a feed: a tensor, or a number that is fed as one."""
+
+    def read(self, event: int, function: Callable[..., Any], *rest: Any) -> Any:
+        """Return what a fetch at an event gives Python, once its segment has run."""
+
+    def step(self, event: int) -> None:
+        """Let an optimizer step that steps outside of the graph."""
+
+    def tensor(self, slot: int) -> torch.Tensor:
+        """Return the tensor that a call of the unit made, for Python to keep: one object for each slot."""
+
+
+def give(unit: Unit, index: int, given: Any) -> None:
+    """See `Unit.give`. These four are the targets of the host graph's calls on the unit."""
+    unit.give(index, given)
+
+
+def read(unit: Unit, event: int, function: Callable[..., Any], *rest: Any) -> Any:
+    """See `Unit.read`."""
+    return unit.read(event, function, *rest)
+
+
+def step(unit: Unit, event: int) -> None:
+    """See `Unit.step`."""
+    unit.step(event)
+
+
+def tensor(unit: Unit, slot: int) -> torch.Tensor:
+    """See `Unit.tensor`."""
+    return unit.tensor(slot)
