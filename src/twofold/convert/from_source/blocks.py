@@ -99,6 +99,7 @@ def matters(body: SubGraph, slices: Slices) -> bool:
 def decides(node: Node, slices: Slices) -> bool:
     """Say whether a choice or loop is one of a block's decisions."""
     joined = any(slices.kinds[result] is Kind.TENSOR for result in node.results)
+    joined = joined or (node.op == "while" and id(node) in slices.fetches)
     return joined or any(matters(body, slices) for body in node.subgraphs)
 
 
@@ -118,7 +119,10 @@ def read_by_host(node: Node, slices: Slices) -> list[Value]:
     """Return the tensors whose values the host reads at a node."""
     if id(node) not in slices.fetches:
         return []
-    values = node.operands if node.op == "call" or node.op == "get_item" else values_in(node.arguments[0])
+    if node.op == "while":
+        values = values_in(node.subgraphs[0].outputs)
+    else:
+        values = values_in(node.arguments[0]) if node.op == "if" else node.operands
     return list(dict.fromkeys(value for value in values if slices.kinds[value] is Kind.TENSOR))
 
 

@@ -61,6 +61,8 @@ class Converter:
         if known is not None:
             return known
         source = Source.of(recursive.function)
+        if source.definition.args.vararg or source.definition.args.kwarg:
+            raise source.refuse("unsupported_syntax", "*arguments or **keywords", source.definition)
         names = list(source.signature.parameters)
         parameters = tuple(names if recursive.receiver is None else names[1:])
         try:

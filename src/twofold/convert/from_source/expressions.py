@@ -114,6 +114,10 @@ class Expressions(ABC):
     def inline(self, at: ast.AST, callee: Outer, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         """Convert a call of a Python function by its source."""
 
+    @abstractmethod
+    def inline_local(self, at: ast.AST, callee: Any, arguments: list[Any], keywords: dict[str, Any]) -> Any:
+        """Convert a call of a function made inside."""
+
     def convert(self, node: ast.expr) -> Any:
         """Return what an expression holds: an Argument, an `Outer`, or nested tuples of these."""
         convert = getattr(self, f"_{type(node).__name__}", None)
@@ -294,6 +298,8 @@ class Expressions(ABC):
 
     def call_held(self, node: ast.Call, callee: Any, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         """Convert a call of something held."""
+        if hasattr(callee, "definition"):
+            return self.inline_local(node, callee, arguments, keywords)
         if not isinstance(callee, Outer):
             return self.call(node, apply, self.use(callee), *arguments, **keywords)
         target = callee.object

@@ -94,6 +94,12 @@ class Source:
         """The function's parameters."""
         return inspect.signature(self.function)
 
+    def assignments(self, name: str) -> int:
+        """Return in how many places a variable is given a value, parameters counted."""
+        nodes = list(ast.walk(self.definition))
+        stores = sum(isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id == name for n in nodes)
+        return stores + sum(isinstance(n, ast.arg) and n.arg == name for n in nodes)
+
     def outer(self, name: str) -> Outer | None:
         """Return what a free name refers to: a variable of an enclosing function, a global or a builtin."""
         code, closure = self.function.__code__, self.function.__closure__ or ()

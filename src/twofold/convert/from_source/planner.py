@@ -126,6 +126,8 @@ class _Generator(PlannerText):
                 way = self._choice(node, way)
             elif node.op == "loop":
                 way = self._loop(node, way)
+            elif node.op == "while":
+                way = self._while(node, way)
             elif node.op == "invoke":
                 way = self._invoke(node, way)
             else:
@@ -177,6 +179,29 @@ class _Generator(PlannerText):
         self.depth -= 1
         held = [value for value in carried if self.slices.kinds[value] is not Kind.TENSOR]
         results = [r for r, value in zip(node.results, carried, strict=True) if value in held]
+        return self._assign(results, held, way)
+
+    def _while(self, node: Node, way: _Way) -> _Way:
+        condition, body = node.subgraphs
+        way = self._assign(condition.inputs, node.arguments, way)
+        self.line("while True:")
+        self.depth += 1
+
+        def ask(way: _Way) -> _Way:
+            self._fetch(node)
+            test = self.text(condition.outputs[0])
+            self.handed.clear()
+            decides_here = decides(node, self.slices)
+            self.line(f"if not {test}: {'decisions.append(0); ' if decides_here else ''}break")
+            if decides_here:
+                self.line("decisions.append(1)")
+            return self._assign(body.inputs, condition.inputs, way)
+
+        again = (body, 0, lambda way: self._assign(condition.inputs, body.outputs, way))
+        self._continue([again, (condition, 0, ask)], way)
+        self.depth -= 1
+        held = [value for value in condition.inputs if self.slices.kinds[value] is not Kind.TENSOR]
+        results = [r for r, value in zip(node.results, condition.inputs, strict=True) if value in held]
         return self._assign(results, held, way)
 
     def _assign(self, values: Any, arguments: Any, way: _Way) -> _Way:
@@ -310,7 +335,8 @@ def _display(names: tuple[str, ...]) -> str:
 
 def _has_loop(body: SubGraph, slices: Slices) -> bool:
     return any(
-        (node.op == "loop" and decides(node, slices)) or any(_has_loop(nested, slices) for nested in node.subgraphs)
+        (node.op in ("loop", "while") and decides(node, slices))
+        or any(_has_loop(nested, slices) for nested in node.subgraphs)
         for node in body.nodes
     )
 

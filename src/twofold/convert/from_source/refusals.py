@@ -11,7 +11,7 @@ HINTS: dict[str, str] = {
     "no_source": "Define the function in a file, with def.",
     "unsupported_syntax": "Write this part with if, for, comprehensions and calls, or move it out of the function.",
     "unsupported_call": "Call torch functions, nn.Modules, functions written in Python, or pass no tensors to it.",
-    "return_in_loop": "Return after the loop; keep what was found in a variable.",
+    "return_in_loop": "Keep in a variable whether the loop was left, and ask for it after the loop.",
     "tensor_fetch": "Read values of single tensors, by .item(), .tolist() or a condition.",
     "tensor_argument": "Pass each tensor as an argument of its own, or several in a tuple.",
     "recursive_helper": "Decorate the helper with twofold.subgraph too.",

@@ -135,10 +135,22 @@ class _Analysis:
                         self._raise_to(result, max(self.slices.given(side.outputs[index]) for side in node.subgraphs))
                 case "loop":
                     self._loop(node)
+                case "while":
+                    self._while(node)
                 case "invoke":
                     self._invoke(node)
                 case _:
                     self._plain(node)
+
+    def _while(self, node: Node) -> None:
+        condition, body = node.subgraphs
+        for number, first in enumerate(node.arguments):
+            kind = max(self.slices.given(first), self.slices.given(body.outputs[number]))
+            for value in (condition.inputs[number], body.inputs[number], node.results[number]):
+                self._raise_to(value, kind)
+        self._body(condition)
+        self._note_fetch(node, self.slices.kind(condition.outputs[0]) is Kind.TENSOR)
+        self._body(body)
 
     def _loop(self, node: Node) -> None:
         if self.slices.is_tensor(node.arguments[0]):

@@ -36,6 +36,7 @@ from .targets import method
 CUT = "cut"
 """The decision that stands for a cut."""
 _END: Any = object()
+_HOSTS: Any = object()
 
 
 def arguments_of(function: str) -> str:
@@ -156,6 +157,8 @@ class _Walk:
                     self._if(node)
                 case "loop":
                     self._loop(node)
+                case "while":
+                    self._while(node)
                 case "invoke":
                     self._invoke(node)
                 case _:
@@ -184,11 +187,28 @@ class _Walk:
         for _ in range(next(self._rest)):
             self._body(body)
             after = [self._value(value, output) for value, output in zip(carried, body.outputs, strict=True)]
-            self.bound.update((v, a) for v, a in zip(carried, after, strict=True) if a is not None)
+            self.bound.update((v, a) for v, a in zip(carried, after, strict=True) if a is not _HOSTS)
         self.loops -= 1
-        for result, value in zip(node.results, carried, strict=True):
-            if value in self.bound:
-                self.bound[result] = self.bound[value]
+        self._copy(carried, node.results)
+
+    def _while(self, node: Node) -> None:
+        condition, body = node.subgraphs
+        if not decides(node, self.slices):
+            return
+        for value, first in zip(condition.inputs, node.arguments, strict=True):
+            self._bind(value, first)
+        self.loops += 1
+        while True:
+            self._body(condition)
+            self._read(node)
+            if not next(self._rest):
+                break
+            self._copy(condition.inputs, body.inputs)
+            self._body(body)
+            after = [self._value(value, output) for value, output in zip(body.inputs, body.outputs, strict=True)]
+            self.bound.update((c, a) for c, a in zip(condition.inputs, after, strict=True) if a is not _HOSTS)
+        self.loops -= 1
+        self._copy(condition.inputs, node.results)
 
     def _invoke(self, node: Node) -> None:
         callee = self.converted.graph.subgraphs[str(node.target)]
@@ -204,16 +224,21 @@ class _Walk:
         self._source(str(node.target), values)
         self.bound.update(zip(node.results, values, strict=True))
 
+    def _copy(self, values: Sequence[Value], copies: Sequence[Value]) -> None:
+        for value, copied in zip(values, copies, strict=True):
+            if value in self.bound:
+                self.bound[copied] = self.bound[value]
+
     def _bind(self, value: Value, argument: Argument) -> None:
         held = self._value(value, argument)
-        if held is not None:
+        if held is not _HOSTS:
             self.bound[value] = held
 
-    def _value(self, value: Value, argument: Argument) -> Argument | None:
-        """Return what a value of the tensor slice is bound to; None if it is the host's."""
+    def _value(self, value: Value, argument: Argument) -> Argument:
+        """Return what a value of the tensor slice is bound to; `_HOSTS` if it is the host's."""
         if self.slices.kinds[value] is Kind.TENSOR:
             return self._joined(argument)
-        return self._argument(argument) if self.slices.kinds[value] is Kind.MIXED else None
+        return self._argument(argument) if self.slices.kinds[value] is Kind.MIXED else _HOSTS
 
     def _joined(self, argument: Argument) -> Argument:
         """Return an argument that becomes a tensor value: a host value among its sources is an input of the block."""

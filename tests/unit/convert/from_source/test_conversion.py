@@ -127,9 +127,12 @@ def with_a_list_argument(node: Any, states: Any) -> Any:
     return with_a_list_argument(node.left, [layer(weights[:1]), weights[0]])
 
 
-def returning_from_a_loop(node: Any) -> Any:
+def else_of_a_loop(node: Any) -> Any:
     for child in node.children:
-        return returning_from_a_loop(child)
+        if child is None:
+            break
+    else:
+        return else_of_a_loop(node.left)
     return weights[0]
 
 
@@ -138,6 +141,20 @@ def trying(node: Any) -> Any:
         return trying(node.left)
     except ValueError:
         return weights[0]
+
+
+def trying_tensors(node: Any) -> Any:
+    h = weights[0]
+    try:
+        h = h * 2.0
+    except ValueError:
+        h = weights[1]
+    return trying_tensors(node.left) + h
+
+
+def recursive_in_a_lambda(node: Any) -> Any:
+    total = max(node, key=lambda child: recursive_in_a_lambda(child))
+    return weights[total]
 
 
 def generating(node: Any) -> Any:
@@ -173,8 +190,14 @@ def writing(node: Any) -> Any:
             "tensor_argument",
             "return with_a_list_argument(node.left, [layer(weights[:1]), weights[0]])",
         ),
-        (returning_from_a_loop, "return_in_loop", "for child in node.children:"),
+        (else_of_a_loop, "return_in_loop", "for child in node.children:"),
         (trying, "unsupported_syntax", "try:"),
+        (trying_tensors, "unsupported_call", "try:"),
+        (
+            recursive_in_a_lambda,
+            "unsupported_syntax",
+            "total = max(node, key=lambda child: recursive_in_a_lambda(child))",
+        ),
         (generating, "unsupported_syntax", "yield weights[0]"),
         (drawing, "random", "return torch.dropout(drawing(node.left), 0.5, True)"),
         (printing, "unsupported_call", "print(weights[0] + printing(node.left))"),
