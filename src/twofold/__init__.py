@@ -5,8 +5,8 @@ where and why. `DeclaredSubGraph`, `if_` and `while_` build recursive graphs by 
 """
 
 from twofold.api import Function, Program, function, program, report, wait_for_compilation
-from twofold.declare import DeclarationError, DeclaredSubGraph, if_, while_
-from twofold.errors import BackendUnavailableError, NotConvertibleError, OptionError, TwofoldError
+from twofold.declare import DeclaredSubGraph, if_, while_
+from twofold.errors import BackendUnavailableError, DeclarationError, NotConvertibleError, OptionError, TwofoldError
 from twofold.graph import TensorSpec, show
 from twofold.subgraph import subgraph
 

@@ -7,6 +7,10 @@
         ├── OptionError              no such option, or a value it cannot take (also a ValueError)
         ├── BackendUnavailableError  the named backend lacks its device or compiler (also a RuntimeError)
         ├── NotConvertibleError      strict mode only: the program would have fallen back to eager
+        ├── DeclarationError         a graph built by hand was declared or called in a way that cannot work
+        ├── DifferentiationError     a graph built by hand has no derivative
+        ├── StaleError               a tensor was written to before a recursive call that reads it was computed
+        ├── FailedError              the result of a recursive call whose computation raised
         └── InternalError            a bug in Twofold; the message says how to report it
 
 The user's own exceptions are none of these: they leave as in eager execution. A fallback is no exception
@@ -32,6 +36,22 @@ class BackendUnavailableError(TwofoldError, RuntimeError):
 
 class NotConvertibleError(TwofoldError):
     """The program cannot run as a graph and ``strict=True`` forbids running it eagerly."""
+
+
+class DeclarationError(TwofoldError):
+    """A SubGraph was declared, defined or called in a way that cannot work; the message says what to change."""
+
+
+class DifferentiationError(TwofoldError):
+    """A graph, or a value met while it runs, has no derivative here; the message says what to write instead."""
+
+
+class StaleError(TwofoldError):
+    """A tensor was written to between a call of a recursive function and the use of its result."""
+
+
+class FailedError(TwofoldError):
+    """The value of a deferred tensor is asked for, and computing it failed before."""
 
 
 class InternalError(TwofoldError):
@@ -112,10 +132,6 @@ CODES: dict[str, Code] = {
     "too_large": Code(
         "one unit holds more tensor calls than can be recorded",
         "Decorate a smaller function: one training step instead of a whole epoch.",
-    ),
-    "nested": Code(
-        "the function was called inside another unit, which already records it",
-        "Nothing to do: the outer unit covers it.",
     ),
     "thread": Code(
         "the unit was used from several threads at once, or tensors were used in another thread",

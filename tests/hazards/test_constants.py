@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.hazards.programs import MODES, Mode, Parts, accounted, net, runs_as_graph, same, training
-from twofold.run import python_runner
+from twofold.run import followed_unit
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -245,7 +245,7 @@ def test_harness_catches_a_stale_number(monkeypatch: pytest.MonkeyPatch) -> None
         first.append(torch.tensor(value, dtype=dtype))
         return first[0]
 
-    monkeypatch.setattr(python_runner, "number_tensor", stale)
+    monkeypatch.setattr(followed_unit, "number_tensor", stale)
 
     def make(parts: Parts) -> Callable[..., Any]:
         return lambda number, x, y: parts.train(x * (0.1 * number), y)

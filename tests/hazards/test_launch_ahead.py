@@ -14,8 +14,8 @@ from tests.differential import assert_same, function
 from tests.hazards.programs import Parts, training
 from twofold.convert import from_traces
 from twofold.run import graph_runner
+from twofold.run.followed_unit import TRUSTED_AFTER
 from twofold.run.graph_runner import GraphRunner
-from twofold.run.python_runner import TRUSTED_AFTER
 
 
 class Event:

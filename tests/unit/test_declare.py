@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import twofold
 from tests.unit.graph.test_autodiff_properties import changed, confuse_invocations
 from twofold import DeclarationError, DeclaredSubGraph, if_, show, while_
+from twofold.errors import DifferentiationError
 from twofold.graph import Graph, TensorSpec, equivalent, parse
 from twofold.graph.autodiff import Derivative, differentiate
-from twofold.graph.autodiff_calls import DifferentiationError
 
 Shape = tuple[list[int], list[int]]
 

@@ -93,6 +93,11 @@ def test_every_code_used_in_the_package_is_documented():
     assert used <= CODES.keys()
 
 
+def test_every_code_is_used_in_the_package():
+    source = "".join(file.read_text() for file in SOURCES.rglob("*.py") if file.name != "errors.py")
+    assert [code for code in CODES if f'"{code}"' not in source] == []
+
+
 def test_limits_page_says_of_each_code_what_the_report_says():
     page = (SOURCES.parents[1] / "docs" / "limits.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", page, re.MULTILINE)

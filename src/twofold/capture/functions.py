@@ -1,4 +1,4 @@
-"""What the recorder and the skeleton must know of PyTorch's functions: four closed tables.
+"""What the recorder and the skeleton must know of PyTorch's functions: closed tables.
 
 Everything not named here is an ordinary tensor call: it is recorded, checked and computed in the graph.
 """
@@ -105,3 +105,16 @@ PROPERTY_NAMES: Final[dict[Any, str]] = {
 def display_name(function: Any) -> str:
     """Return a short name of a function for people, `grad` rather than `__get__`."""
     return PROPERTY_NAMES.get(function) or getattr(function, "__name__", str(function))
+
+
+PLAIN_TENSORS: Final[frozenset[type[torch.Tensor]]] = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+"""The types, exact, of tensors whose behaviour is PyTorch's own."""
+
+_DYNAMIC_TAGS: Final = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
+
+
+def has_dynamic_shape(target: Any, arguments: tuple[Any, ...]) -> bool:
+    """Whether the shape that an ATen operation yields depends on values."""
+    if target is not torch.ops.aten.index.Tensor:  # tagged so, but only a mask makes it so
+        return not _DYNAMIC_TAGS.isdisjoint(target.tags)
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1])

@@ -157,7 +157,7 @@ class Refusal:
 
 @dataclass(slots=True)
 class Trace:
-    """A recorded unit. Written by a `Recorder`, read-only afterwards."""
+    """A recorded unit. Written by a `TraceWriter`, read-only afterwards."""
 
     events: list[Event] = field(default_factory=list)
     externals: list[torch.Tensor] = field(default_factory=list)

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer
 
 from twofold.capture.functions import NUMBER_READS
 from twofold.capture.history import Layout
-from twofold.capture.recorder import memory_key, parameters_of
+from twofold.capture.recorder import parameters_of
 from twofold.capture.trace import (
     Event,
     External,
@@ -31,8 +31,10 @@ from twofold.capture.trace import (
     numbers_in,
 )
 from twofold.capture.trace_graph import Path
+from twofold.capture.trace_writer import memory_key
 from twofold.graph import Ambient, Graph, Node, Origin, TensorSpec, Value, eliminate_dead_code, verify
 
+from .accumulation import accumulate_in_place
 from .histories import BackwardPlan, HistoryPlan, residuals_of
 from .optimizers import Setting, hyper_parameters, lower_step, replays_exactly
 from .products import merge_products
@@ -456,5 +458,6 @@ class _Builder:
         graph = eliminate_dead_code(graph)
         if not self.exact:
             graph = merge_products(graph)
+        graph = accumulate_in_place(graph)
         verify(graph)
         return graph

@@ -2,6 +2,5 @@
 
 from .declared import DeclaredSubGraph
 from .flow import if_, while_
-from .symbolic import DeclarationError
 
-__all__ = ["DeclarationError", "DeclaredSubGraph", "if_", "while_"]
+__all__ = ["DeclaredSubGraph", "if_", "while_"]

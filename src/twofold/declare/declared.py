@@ -24,12 +24,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from twofold.capture.intercept import user_origin
+from twofold.errors import DeclarationError
 from twofold.graph import Ambient, Graph, GraphBuilder, GraphSyntaxError, TensorSpec, ambient_context, interpret
 from twofold.graph.autodiff import Derivative, differentiate
 from twofold.graph.build import NamedSubGraphBuilder
 from twofold.graph.parse import parse_spec
 
-from .symbolic import DeclarationError, Tracer, tensors
+from .symbolic import Tracer, tensors
 
 
 class DeclaredSubGraph:

@@ -9,9 +9,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from twofold.capture.intercept import user_origin
+from twofold.errors import DeclarationError
 from twofold.graph import SubGraphBuilder, TensorSpec, Value
 
-from .symbolic import DeclarationError, SymbolicTensor, Tracer, tensors
+from .symbolic import SymbolicTensor, Tracer, tensors
 
 
 def if_(predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:

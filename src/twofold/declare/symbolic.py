@@ -25,9 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from twofold.capture.intercept import user_origin
-from twofold.capture.recorder import current_ambient
-from twofold.errors import TwofoldError
-from twofold.graph import Constant, GraphBuilder, SubGraphBuilder, TensorSpec, Value
+from twofold.errors import DeclarationError
+from twofold.graph import Constant, GraphBuilder, SubGraphBuilder, TensorSpec, Value, current_ambient
 from twofold.graph.effects import target_has_effect
 from twofold.graph.ir import SCALAR_TYPES
 
@@ -41,10 +40,6 @@ _MUST_WORK: Final = 2
 _INTEGERS: Final = frozenset({torch.int64, torch.int32, torch.int16, torch.int8})
 
 _active: ContextVar[Tracer | None] = ContextVar("active tracer", default=None)
-
-
-class DeclarationError(TwofoldError):
-    """A SubGraph was declared, defined or called in a way that cannot work; the message says what to change."""
 
 
 class SymbolicTensor(torch.Tensor):

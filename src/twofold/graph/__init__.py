@@ -5,7 +5,7 @@ gives its meaning, and `passes` improve it. This package knows neither a source 
 devices.
 """
 
-from .ambient import AmbientSwitch, ambient_context
+from .ambient import AmbientSwitch, ambient_context, current_ambient
 from .build import GraphBuilder, SubGraphBuilder
 from .effects import effectful_subgraphs, has_effect
 from .equivalence import equivalent
@@ -61,6 +61,7 @@ __all__ = [
     "Value",
     "all_nodes",
     "ambient_context",
+    "current_ambient",
     "describe",
     "effectful_subgraphs",
     "eliminate_common_subexpressions",

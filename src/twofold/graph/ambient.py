@@ -1,4 +1,4 @@
-"""Running Python under the modes that a node was recorded under."""
+"""The modes that a node is recorded under, and running Python under them again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ import torch
 from .ir import Ambient
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+def current_ambient() -> Ambient:
+    """Describe the modes of this thread under which an operation would run."""
+    return Ambient(
+        grad=torch.is_grad_enabled(),
+        inference=torch.is_inference_mode_enabled(),
+        autocast=tuple((d, torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES if torch.is_autocast_enabled(d)),
+        autocast_cache=torch.is_autocast_cache_enabled(),
+    )
 
 
 def ambient_context(ambient: Ambient) -> AbstractContextManager[None]:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from twofold.errors import DifferentiationError
+
 from .autodiff_activity import Activity, continuous
-from .autodiff_calls import DifferentiationError, Residuals, constant
+from .autodiff_calls import Residuals, constant
 from .autodiff_rules import Body, Known, copy_body, enter, gradient_spec, spec_of
 from .build import GraphBuilder, SubGraphBuilder
 from .effects import has_effect

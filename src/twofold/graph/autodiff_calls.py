@@ -13,11 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from twofold.errors import TwofoldError
-
-
-class DifferentiationError(TwofoldError):
-    """A graph, or a value met while it runs, has no derivative here; the message says what to write instead."""
+from twofold.errors import DifferentiationError
 
 
 class Residuals(tuple[Any, ...]):

@@ -18,8 +18,10 @@ from typing import Any, TypeAlias
 
 import torch
 
+from twofold.errors import DifferentiationError
+
 from .autodiff_activity import Activity
-from .autodiff_calls import DifferentiationError, constant, leaf, pullback
+from .autodiff_calls import constant, leaf, pullback
 from .build import SubGraphBuilder
 from .ir import Ambient, Argument, Node, SubGraph, TensorSpec, Value, map_values
 from .ops import CONTROL_FLOW

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from twofold.capture.match import Placeholders
 from twofold.capture.trace import Made
-from twofold.capture.trace_graph import Placeholders
 from twofold.graph import TensorSpec
 
 _UNREAD = "Twofold: this tensor was read where its value cannot be supplied, by code that PyTorch does not announce"

@@ -61,6 +61,13 @@ def merge(graph: TraceGraph, program: Callable[[], Any]) -> Path | None:
     return graph.merge(record(program, graph.host_sites, number_sites=graph.number_sites), signature)
 
 
+def merged(graph: TraceGraph, program: Callable[[], Any]) -> Path:
+    """Merge a program that has a path at once."""
+    path = merge(graph, program)
+    assert path is not None
+    return path
+
+
 def recorded_path(program: Callable[[], Any], graph: TraceGraph | None = None) -> Path:
     """Run `program` until its path is known: once more where it first taught something, or made optimizer state."""
     graph = graph or TraceGraph()

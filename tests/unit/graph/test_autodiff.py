@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from twofold.errors import DifferentiationError
 from twofold.graph import Graph, GraphBuilder, TensorSpec, equivalent, interpret, parse, same, show
 from twofold.graph.autodiff import differentiate
-from twofold.graph.autodiff_calls import DifferentiationError, Residuals, constant
+from twofold.graph.autodiff_calls import Residuals, constant
 
 SCALAR = TensorSpec((), torch.float64)
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from twofold.capture.match import Placeholders
 from twofold.capture.trace import Made
-from twofold.capture.trace_graph import Placeholders
 from twofold.graph import TensorSpec
 from twofold.run.placeholders import escaped, fill_placeholder, make_placeholder, recycle, with_freed_history
 

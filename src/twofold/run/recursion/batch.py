@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from twofold.errors import TwofoldError
+from twofold.errors import StaleError
 
 from .autograd import Bundles, differentiable_run
 from .blocks import RunnableBlock
@@ -344,7 +344,3 @@ def _read(known: Known, result: int, copied: dict[int, Any]) -> Any:
     if id(held) not in copied:
         copied[id(held)] = held.detach().cpu().unbind()
     return copied[id(held)][known.row]
-
-
-class StaleError(TwofoldError):
-    """A tensor was written to between a call of a recursive function and the use of its result."""

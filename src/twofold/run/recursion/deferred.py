@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from twofold.capture.intercept import call_before_steps
-from twofold.errors import TwofoldError
+from twofold.errors import FailedError
 
 SMALL = 1024
 """Elements up to which another tensor in a noted operation is copied, in case it is written to before the flush."""
@@ -26,10 +26,6 @@ SMALL = 1024
 _NOTED: frozenset[Any] = frozenset( { getattr(holder, name) for holder in (torch, Tensor) for name in ( "add", "sub",
 "mul", "div", "neg", "sum", "mean", "stack", "cat", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__",
 "__rmul__", "__truediv__", "__rtruediv__", "__neg__", "__iadd__", "add_", ) if hasattr(holder, name) } )  # fmt: skip
-
-
-class FailedError(TwofoldError):
-    """The value of a deferred tensor is asked for, and computing it failed before."""
 
 
 class Source(Protocol):

@@ -1,0 +1,185 @@
+"""The check of a call against an event, compiled to one Python expression.
+
+The skeleton runs it for each call of the program, so it has to cost less than the call. Function and tensors are
+compared by identity, all else by value; a tensor that a unit is given anew each time is bound where it fits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from twofold.graph import TensorSpec, current_ambient
+
+from .functions import PLAIN_TENSORS
+from .number_feeds import fits
+from .trace import Event, External, Made, Slot, leaves
+
+Bound = dict[int, Any]
+Match = Callable[[Any, tuple[Any, ...], dict[str, Any], list[torch.Tensor], Bound], bool]
+
+Placeholders = dict[int, tuple[torch.Tensor, Made]]
+"""Tensors that stand for results Python does not have yet, by `id`, each with what it stands for."""
+
+
+@dataclass(slots=True)
+class Role:
+    """How a unit gets one of its external tensors. `tensor` is None for a feed, `is_number` for one from a number."""
+
+    tensor: torch.Tensor | None
+    spec: TensorSpec
+    is_leaf: bool
+    is_parameter: bool
+    is_number: bool
+    written: dict[int, None]
+    """Storages that units write to, shared by all roles of a TraceGraph: a feed must not alias one."""
+    placeholders: Placeholders
+
+    def accepts(self, tensor: Any) -> bool:
+        """Whether a tensor, or a number, may be fed here."""
+        spec = self.spec
+        if self.is_number:
+            return fits(tensor, spec.dtype)
+        return (
+            type(tensor) in PLAIN_TENSORS
+            and id(tensor) not in self.placeholders
+            and tensor.dtype == spec.dtype
+            and tensor.shape == spec.shape
+            and tensor.device == spec.device
+            and tensor.requires_grad == spec.requires_grad
+            and tensor.is_leaf == self.is_leaf
+            and (tensor.is_contiguous() if spec.stride is None else tensor.stride() == spec.stride)
+            and tensor.untyped_storage()._cdata not in self.written
+        )
+
+
+def equal_templates(left: Any, right: Any) -> bool:
+    """Whether two templates agree in structure, references and constants (types and signs of zero included)."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, tuple | list):
+        return len(left) == len(right) and all(map(equal_templates, left, right))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal_templates(left[key], right[key]) for key in left)
+    if isinstance(left, slice):
+        return equal_templates((left.start, left.stop, left.step), (right.start, right.stop, right.step))
+    if isinstance(left, float | complex):
+        return str(left) == str(right)  # tells 0.0 from -0.0, and nan is nan
+    if left is right:
+        return True
+    return _is_plain(left) and bool(left == right)
+
+
+_PLAIN = (
+    bool, int, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
+    torch.Size, Slot, External, type(Ellipsis), range,
+)  # fmt: skip
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN)
+
+
+class _Emitter:
+    """Writes the condition under which arguments match a template, as Python source with named constants."""
+
+    def __init__(self, role_of: Callable[[int], tuple[Role, bool]]) -> None:
+        self.terms: list[str] = []
+        self.constants: list[Any] = []
+        self._role_of = role_of
+        self._seen: set[int] = set()
+
+    def constant(self, value: Any) -> str:
+        self.constants.append(value)
+        return f"c{len(self.constants) - 1}"
+
+    def emit(self, template: Any, place: str) -> None:
+        kind = type(template)
+        if kind is Slot:
+            self.terms.append(f"{place} is S[{template.index}]")
+        elif kind is External:
+            self._emit_external(template.index, place)
+        elif kind is tuple or kind is list:
+            self.terms.append(f"type({place}) is {kind.__name__} and len({place}) == {len(template)}")
+            for index, item in enumerate(template):
+                self.emit(item, f"{place}[{index}]")
+        elif kind is dict:
+            self.terms.append(f"type({place}) is dict and len({place}) == {len(template)}")
+            for key, item in template.items():
+                name = self.constant(key)
+                self.terms.append(f"{name} in {place}")
+                self.emit(item, f"{place}[{name}]")
+        elif kind is slice:
+            self.terms.append(f"type({place}) is slice")
+            for part in ("start", "stop", "step"):
+                self.emit(getattr(template, part), f"{place}.{part}")
+        elif template is None or template is True or template is False:
+            self.terms.append(f"{place} is {template}")
+        elif kind is int or kind is str:
+            self.terms.append(f"type({place}) is {kind.__name__} and {place} == {self.constant(template)}")
+        else:
+            self.terms.append(f"E({place}, {self.constant(template)})")
+
+    def _emit_external(self, index: int, place: str) -> None:
+        role, is_first = self._role_of(index)
+        if role.tensor is not None:
+            self.terms.append(f"{place} is {self.constant(role.tensor)}")
+        elif is_first and index not in self._seen:
+            self._seen.add(index)
+            self.terms.append(f"B(X, {index}, {place}, {self.constant(role)})")
+        else:
+            self.terms.append(f"{place} is X[{index}]")
+
+
+def _bind(bound: Bound, index: int, tensor: Any, role: Role) -> bool:
+    if not role.accepts(tensor):
+        return False
+    bound[index] = tensor
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _compile_match(condition: str, names: int) -> Callable[..., Match]:
+    parameters = ", ".join(f"c{index}" for index in range(names))
+    source = f"def make({parameters}):\n def match(F, A, K, S, X):\n  return {condition}\n return match\n"
+    scope: dict[str, Any] = {
+        "E": equal_templates, "B": _bind, "L": leaves, "V": torch.Tensor,
+        "G": torch.is_grad_enabled, "C": torch._C._is_any_autocast_enabled, "M": current_ambient,  # type: ignore[attr-defined]
+    }  # fmt: skip
+    exec(source, scope)
+    return scope["make"]
+
+
+def build_match(event: Event, role_of: Callable[[int], tuple[Role, bool]]) -> Match:
+    """Compile the check of a call against an event.
+
+    It takes the function, positional and keyword arguments, the placeholders of the unit by slot, and the feeds bound
+    so far, to which it adds those first used here. A fetch is run for real, so only its tensors are checked. Events of
+    equal structure share code.
+    """
+    if event.kind == "optimizer":
+        return lambda _function, _arguments, _keywords, _slots, _bound: False
+    emitter = _Emitter(role_of)
+    known = emitter.constant(event.function)
+    emitter.terms.append(f"(F is {known} or F == {known})")
+    if event.kind == "fetch":
+        emitter.terms.append(f"len(T := L((A, K), V)) == {len(event.arguments)}")
+        for index, reference in enumerate(event.arguments):
+            emitter.emit(reference, f"T[{index}]")
+    else:
+        emitter.terms.append(f"len(A) == {len(event.arguments)}")
+        emitter.terms.append(f"len(K) == {len(event.keywords)}" if event.keywords else "not K")
+        for index, item in enumerate(event.arguments):
+            emitter.emit(item, f"A[{index}]")
+        for key, item in event.keywords.items():
+            emitter.terms.append(f"{key!r} in K")
+            emitter.emit(item, f"K[{key!r}]")
+    ambient = event.ambient
+    emitter.terms.append(f"G() is {ambient.grad}")
+    emitter.terms.append(f"C() and M() == {emitter.constant(ambient)}" if ambient.autocast else "not C()")
+    condition = " and ".join(emitter.terms)
+    return _compile_match(condition, len(emitter.constants))(*emitter.constants)

@@ -1,0 +1,299 @@
+"""`TraceWriter`: writes one `Trace`, in which each tensor of the unit has a name.
+
+A tensor is a `Slot` or an `External` in events, found by its identity while it lives, and a value number in operations,
+found by the memory it shows. Only weak references are kept, so that memory is freed when eager execution frees it.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from twofold.graph import Ambient, Origin, TensorSpec
+
+from .functions import display_name
+from .history import held_by_python
+from .intercept import unheard, user_origin
+from .trace import (
+    Event,
+    EventKind,
+    External,
+    Gradient,
+    Made,
+    Number,
+    Operation,
+    Refusal,
+    Slot,
+    Trace,
+    leaves,
+    map_leaves,
+)
+
+_TENSOR = torch.Tensor
+
+
+def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Identify the memory a tensor shows: equal keys of live storages alias each other exactly."""
+    return (
+        tensor.untyped_storage()._cdata,
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+class TraceWriter:
+    """One trace being written. Mutable; `close` hands out the trace and ends its life."""
+
+    def __init__(self) -> None:
+        self.trace = Trace()
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._storages: dict[int, StorageWeakRef] = {}
+        self._references: dict[int, Slot | External] = {}
+        self._alive: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._operations: list[Operation] = []
+        self._written: set[int] = set()
+        self._borrowed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._leaves: dict[int, torch.Tensor] = {}
+        self._entry_gradients: dict[int, torch.Tensor | None] = {}
+        self._freed: dict[Any, None] = {}
+
+    def refuse(self, code: str, reason: str, origin: Origin | None = None) -> None:
+        """Say why the unit cannot run as a graph; the first reason stays."""
+        if self.trace.refusal is None:
+            self.trace.refusal = Refusal(code, reason, origin or user_origin())
+
+    # ---- which tensor is which ---------------------------------------------------------------------------
+
+    def is_made_here(self, tensor: Any) -> bool:
+        """Whether a call of the unit returned this object."""
+        return isinstance(self._references.get(id(tensor)), Slot) and self._alive[id(tensor)]() is tensor
+
+    def is_known_memory(self, tensor: torch.Tensor) -> bool:
+        """Whether the unit has seen memory of this storage."""
+        try:
+            cdata = tensor.untyped_storage()._cdata
+        except (RuntimeError, NotImplementedError):  # sparse and other tensors without a storage
+            return False
+        return cdata in self._storages
+
+    def is_written(self, tensor: torch.Tensor) -> bool:
+        """Whether the unit has written to this storage."""
+        return tensor.untyped_storage()._cdata in self._written
+
+    def templates(self, arguments: Any, keywords: Any) -> tuple[Any, Any]:
+        """Return arguments with a reference in the place of each tensor; new ones become externals."""
+        return map_leaves((tuple(arguments), dict(keywords)), _TENSOR, self._reference)
+
+    def _reference(self, tensor: torch.Tensor) -> Slot | External:
+        reference = self._known_reference(tensor)
+        if reference is not None:
+            return reference
+        reference = External(len(self.trace.externals))
+        try:
+            number = self.number(tensor)
+        except (RuntimeError, NotImplementedError):
+            self.refuse("unsupported_call", f"a {tensor.layout} tensor")
+            number = -1
+        self.trace.externals.append(tensor)
+        if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():
+            with unheard():
+                self._borrowed.append((tensor, tensor.detach().clone()))
+        self.trace.external_numbers.append(number)
+        self.trace.hidden.pop(number, None)
+        self._remember(tensor, reference)
+        return reference
+
+    def _known_reference(self, tensor: torch.Tensor) -> Slot | External | None:
+        reference = self._references.get(id(tensor))
+        return reference if reference is not None and self._alive[id(tensor)]() is tensor else None
+
+    def _remember(self, tensor: torch.Tensor, reference: Slot | External) -> None:
+        self._references[id(tensor)] = reference
+        self._alive[id(tensor)] = weakref.ref(tensor)
+
+    def forget_externals(self, count: int) -> None:
+        """Take back the externals past the first `count`: what used them was no event of the unit."""
+        for tensor in self.trace.externals[count:]:
+            del self._references[id(tensor)], self._alive[id(tensor)]
+        del self.trace.externals[count:], self.trace.external_numbers[count:]
+        self.trace.fed_numbers = {index for index in self.trace.fed_numbers if index < count}
+
+    def rename(self, tensor: torch.Tensor, placeholder: torch.Tensor) -> None:
+        """Take note that `placeholder` is now the object that `tensor` was."""
+        reference = self._references.pop(id(tensor), None)
+        self._alive.pop(id(tensor), None)
+        if reference is not None:
+            self._remember(placeholder, reference)
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """Return the value number of a tensor, a new one for memory not seen before."""
+        key = memory_key(tensor)
+        number = self._numbers.get(key)
+        if number is not None:
+            return number
+        number = len(self.trace.specs)
+        self._numbers[key] = number
+        self.trace.specs.append(replace(TensorSpec.of(tensor), requires_grad=False))
+        storage = tensor.untyped_storage()
+        # Invariant: a weak reference keeps the address of a freed storage from being used again, so a key
+        # never names two pieces of memory within one trace.
+        self._storages.setdefault(storage._cdata, StorageWeakRef(storage))
+        return number
+
+    def number_if_known(self, tensor: torch.Tensor | None) -> int | None:
+        """Return the value number of a tensor, -1 for memory not seen before."""
+        if tensor is None:
+            return None
+        if tensor.layout is not torch.strided:
+            self.refuse("unsupported_call", "a sparse tensor or gradient")
+            return -1
+        return self._numbers.get(memory_key(tensor), -1)
+
+    # ---- operations and events ---------------------------------------------------------------------------
+
+    def operand(self, tensor: torch.Tensor) -> Number | None:
+        """Return what stands for a tensor in an operation; memory not seen before came in beneath the calls."""
+        known = len(self.trace.specs)
+        try:
+            number = self.number(tensor)
+        except (RuntimeError, NotImplementedError):
+            self.refuse("unsupported_call", f"a {tensor.layout} tensor")
+            return None
+        if number == known:
+            self.trace.hidden[number] = tensor.detach()
+        return Number(number)
+
+    def add_operation(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> None:
+        """Add an operation that has run beneath the event that is under way."""
+        positional, named = map_leaves((tuple(arguments), dict(keywords)), _TENSOR, self.operand)
+        results = tuple(map(self.number, leaves(result, _TENSOR)))
+        self._operations.append(Operation(target, positional, named, results))
+        if torch.Tag.nondeterministic_seeded in target.tags and self.trace.first_random is None:
+            self.trace.first_random = len(self.trace.events)
+        if target._schema.is_mutable:
+            given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
+            self._written.update(tensor.untyped_storage()._cdata for tensor in given)
+
+    def take_operations(self) -> tuple[Operation, ...]:
+        """Return the operations heard since this was asked last."""
+        operations, self._operations = tuple(self._operations), []
+        return operations
+
+    def append(
+        self,
+        kind: EventKind,
+        function: Any,
+        templates: tuple[Any, Any],
+        result: Any,
+        ambient: Ambient,
+        origin: Origin | None,
+        operations: tuple[Operation, ...],
+    ) -> None:
+        """Append an event; the tensors in `result` that are new become slots."""
+        if self.trace.refusal is not None:
+            return
+        made: list[Made] = []
+        first = len(self.trace.slot_numbers)
+
+        def outcome(tensor: torch.Tensor) -> Any:
+            known = self._known_reference(tensor)
+            if known is not None:
+                return known
+            number = self.number_if_known(tensor)
+            if number == -1 or number is None:
+                entry = next((n for n in self._entry_gradients.values() if n is tensor), None)
+                if entry is None:
+                    self.refuse("unsupported_call", f"{display_name(function)} returned an unknown tensor", origin)
+                    return None
+                number = self.number(tensor)
+            slot = Slot(len(self.trace.slot_numbers))
+            self.trace.slot_numbers.append(number)
+            grad_function = None if tensor.grad_fn is None else type(tensor.grad_fn).__name__
+            made.append(Made(TensorSpec.of(tensor), tensor.is_leaf, grad_function))
+            self._remember(tensor, slot)
+            return slot
+
+        template = None if kind == "fetch" else map_leaves(result, _TENSOR, outcome)
+        self.trace.events.append(
+            Event(kind, function, *templates, template, tuple(made), first, ambient, origin, operations)
+        )
+
+    # ---- gradients and history ---------------------------------------------------------------------------
+
+    def note_leaves(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Take note of the gradients that leaves have before a call uses them for the first time."""
+        for tensor in tensors:
+            if tensor.is_leaf and id(tensor) not in self._leaves and tensor.requires_grad:
+                self._leaves[id(tensor)] = tensor
+                self._entry_gradients[id(tensor)] = tensor.grad
+                if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+                    self.refuse("tensor_hook", "a parameter has a gradient hook")
+            elif isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad:
+                self.trace.frozen[id(tensor)] = tensor
+
+    def note_freed(self, nodes: Iterable[Any]) -> None:
+        """Take note of autograd nodes that a backward has freed."""
+        self._freed.update(dict.fromkeys(nodes))
+
+    def has_live_history(self) -> bool:
+        """Whether a tensor made in this unit carries autograd history that no backward has freed."""
+        return any(self._history(tensor) == "live" for _, slot in self._slots() if (tensor := slot()) is not None)
+
+    def live_outputs(self) -> dict[int, torch.Tensor]:
+        """Return the tensors with such history that the program holds, by slot."""
+        held = [(slot, tensor) for slot, alive in self._slots() if (tensor := held_by_python(alive)) is not None]
+        return {slot: tensor for slot, tensor in held if self._history(tensor) == "live"}
+
+    def _slots(self) -> list[tuple[int, weakref.ref[torch.Tensor]]]:
+        """Return the tensors made in this unit, in order, dead ones too."""
+        slots = [(r.index, self._alive[identity]) for identity, r in self._references.items() if isinstance(r, Slot)]
+        return sorted(slots, key=operator.itemgetter(0))
+
+    def _history(self, tensor: torch.Tensor) -> str:
+        try:
+            function = tensor.grad_fn
+        except RuntimeError:  # a view whose base was changed in a way that autograd refuses
+            return "live"
+        if function is None:
+            return "none"
+        return "freed" if function in self._freed else "live"
+
+    # ---- the end -----------------------------------------------------------------------------------------
+
+    def close(self) -> Trace:
+        """Return the trace, with what escaped and which gradients are left."""
+        trace = self.trace
+        if not all(map(torch.equal, *zip(*self._borrowed, strict=True)) if self._borrowed else ()):
+            self.refuse("mutated_outside", "the NumPy array behind a tensor changed within the unit")
+        for slot, reference in self._slots():
+            tensor = reference()
+            if tensor is not None:
+                trace.escapes[slot] = self._history(tensor)
+        if trace.history is not None:  # what autograd alone still holds is live too, and no output
+            others = [slot for slot, state in trace.escapes.items() if state == "live"]
+            for slot in set(others) - set(trace.history.outputs):
+                del trace.escapes[slot]
+        if trace.refusal is None:
+            for leaf in self._leaves.values():
+                entry = self.number_if_known(self._entry_gradients[id(leaf)])
+                trace.gradients.append(Gradient(leaf, entry, self._exit_gradient(leaf)))
+        self._alive.clear()
+        self._freed.clear()
+        return trace
+
+    def _exit_gradient(self, leaf: torch.Tensor) -> int | None:
+        gradient = leaf.grad
+        number = self.number_if_known(gradient)
+        if number == -1 and gradient is not self._entry_gradients[id(leaf)]:
+            self.refuse("unsupported_call", "a gradient came from outside the unit")
+        return number
