@@ -234,7 +234,6 @@ class PythonRunner:
         if recorder is not None:
             with unheard():
                 self._unheard = recorder.finish()
-            self._reset()
             self.account.eager_calls += len(self._unheard.events)
 
     def host_work(self) -> None:

@@ -5,6 +5,7 @@ from .convert import Converted, convert
 from .functions import Function, Outer, Recursive
 from .planner import PlannerSource, planner_source
 from .refusals import Refusal, Refused, line_of
+from .scope import constructed
 from .slices import Kind, Slices, slice_graph
 from .targets import apply
 from .walk import CUT, make_block, make_cut, make_entry
@@ -24,6 +25,7 @@ __all__ = [
     "Refused",
     "Slices",
     "apply",
+    "constructed",
     "convert",
     "is_cut",
     "line_of",

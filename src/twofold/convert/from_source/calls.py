@@ -18,7 +18,7 @@ from .expressions import Expressions
 from .functions import Function, Outer, Recursive, Source
 from .host_code import compiled, names_read
 from .refusals import Refused
-from .scope import UNDEFINED
+from .scope import UNDEFINED, Record, rebuild
 from .targets import apply
 
 
@@ -88,8 +88,34 @@ class Calls(Expressions):
         callee = self._converter.declare(target)
         bound = self._bind(at, callee.source, arguments, keywords, target.receiver)
         operands = [self.use(bound[name]) for name in callee.parameters]
+        if not self._ambient.grad:
+            raise self.source.refuse("unsupported_syntax", "a recursive call inside torch.no_grad()", at)
         results = self._at.invoke(callee.name, *operands, origin=self.source.origin(at), ambient=self._ambient)
-        return results[0] if callee.results is None else results
+        return rebuild(callee.form, iter(results))
+
+    def record(self, at: ast.AST, callee: Outer, arguments: list[Any], keywords: dict[str, Any]) -> Record:
+        """Convert the making of an object that only holds its parts."""
+        signature = inspect.signature(callee.object)
+        bound = signature.bind(*arguments, **keywords)
+        for name, parameter in signature.parameters.items():
+            if name not in bound.arguments and type(parameter.default) not in SCALAR_TYPES:
+                raise self.source.refuse("unsupported_syntax", f"a default of {callee.name} that is no number", at)
+        bound.apply_defaults()
+        return Record(callee.object, tuple(bound.arguments), tuple(bound.arguments.values()))
+
+    def parts(self, at: ast.AST, held: Any, form: Any) -> list[Any]:
+        """Return the single values in something of a form. Refuses what has a structure that the form has not."""
+        if isinstance(form, Record):
+            if not (isinstance(held, Record) and held.kind is form.kind):
+                op = "get_item" if form.kind is dict else "get_attr"
+                held = form.like([self.node(at, op, (self.use(held), key)) for key in form.keys])
+            form, held = form.values, held.values
+        if type(form) is tuple:
+            items = self.items(at, held, len(form))
+            return [part for item, inner in zip(items, form, strict=True) for part in self.parts(at, item, inner)]
+        if isinstance(held, tuple | list | Record | LocalFunction):
+            raise self.source.refuse("result_structure", f"a {_shown(held)} among the results", at)
+        return [held]
 
     def module(self, at: ast.AST, callee: Outer, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         """Convert a call of a module: PyTorch's own as one operation, others by their forward's source."""
@@ -184,3 +210,7 @@ class Calls(Expressions):
         """Have the host run statements that return something, given the variables that they read."""
         function = Outer.fixed(type(node).__name__.lower(), compiled(self.source, given, body))
         return self.call(node, apply, self.use(function), *(self.use(self.lookup(name)) for name in given))
+
+
+def _shown(held: Any) -> str:
+    return held.kind.__name__ if isinstance(held, Record) else type(held).__name__

@@ -118,11 +118,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Function:
-    """A function that became a SubGraph: its name, its parameters' names and how many results it lists."""
+    """A function that became a SubGraph: its name, its parameters' names and the form of what it returns.
+
+    `form` has None for each result of the SubGraph.
+    """
 
     name: str
     source: Source
     parameters: tuple[str, ...]
-    results: int | None
-    """How many results a tuple lists; None for one that is no tuple."""
+    form: Any
     recursive: Recursive

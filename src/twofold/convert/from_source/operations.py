@@ -82,6 +82,13 @@ RANDOM = frozenset(
     ]
 )
 RANDOM_MODULES = (torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU, torch.nn.modules.batchnorm._NormBase)
+SEVERAL = frozenset(
+    {"chunk", "split", "tensor_split", "unbind", "topk", "sort", "kthvalue", "mode", "meshgrid", "unsafe_chunk",
+     "broadcast_tensors", "hsplit", "vsplit", "dsplit", "var_mean", "std_mean", "qr", "svd", "slogdet", "aminmax",
+     "cummax", "cummin", "frexp", "size", "lstm", "gru"}
+)  # fmt: skip
+"""Functions and methods that return several tensors in one object, or numbers."""
+SEVERAL_MODULES = (torch.nn.LSTMCell, torch.nn.RNNBase, torch.nn.MultiheadAttention)
 CONTAINERS = (list, tuple, dict, unpack, reversed, zip, enumerate)
 NUMBERS = (bool, int, float, type(None), str)
 

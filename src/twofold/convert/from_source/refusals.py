@@ -18,6 +18,7 @@ HINTS: dict[str, str] = {
     "module_hook": "Remove the hook, or call the operations of the module's forward directly.",
     "random": "Switch the module to evaluation mode; batched execution cannot draw eager's random numbers in order.",
     "inconsistent_results": "Return as many results from every return statement.",
+    "result_structure": "Return tensors, and tuples, dicts and dataclasses of these written in the return statement.",
 }
 """For each code, what to write instead."""
 

@@ -20,7 +20,7 @@ import torch
 from twofold.graph import Argument, Graph, Node, Origin, SubGraph, Value, evaluate, values_in
 
 from .convert import Converted
-from .functions import Outer
+from .functions import Function, Outer
 from .operations import (
     ARITHMETIC,
     CONTAINERS,
@@ -30,6 +30,8 @@ from .operations import (
     RANDOM,
     RANDOM_MODULES,
     READING_METHODS,
+    SEVERAL,
+    SEVERAL_MODULES,
     UNREADABLE,
     has_hook,
     is_torch,
@@ -96,6 +98,7 @@ def slice_graph(converted: Converted, varying: frozenset[tuple[Any, ...]]) -> Sl
 class _Analysis:
     def __init__(self, converted: Converted, varying: frozenset[tuple[Any, ...]]) -> None:
         self._graph: Graph = converted.graph
+        self._converted = converted
         self.slices = slices = Slices()
         self._changed = False
         for value, outer in converted.outer.items():
@@ -243,7 +246,7 @@ class _Analysis:
         return is_torch(target)
 
     def _callee(self, node: Node) -> Any:
-        callee = node.arguments[0]
+        callee = node.arguments[0] if node.target is apply else None
         return self.slices.fixed.get(callee) if isinstance(callee, Value) else None
 
     def _tensor_call(self, node: Node) -> Kind:
@@ -264,7 +267,7 @@ class _Analysis:
     def _check_repeatable(self, node: Node) -> None:
         """Refuse what draws random numbers, or writes to what is outside."""
         target: Any = node.target
-        name = node.arguments[1] if target is method else getattr(target, "__name__", "")
+        name = _name_of(node)
         callee = self._callee(node) if target is apply else None
         modules = list(callee.modules()) if isinstance(callee, torch.nn.Module) else []
         if name in RANDOM or any(isinstance(m, RANDOM_MODULES) and m.training for m in modules):
@@ -317,11 +320,25 @@ class _Analysis:
         """Refuse what cannot be fetched, and find out whether the host slice has effects."""
         nodes = [node for body in self._graph.subgraphs.values() for node in _all_nodes(body)]
         self.slices.effects = any(self._has_effect(node) for node in nodes)
+        for function in self._converted.functions.values():
+            self._check_results(function)
         for node in nodes:
             if id(node) in self.slices.fetches and any(
                 self.slices.kinds.get(value) is Kind.MIXED for value in node.operands
             ):
                 raise self._refused("tensor_fetch", "the truth of a list with tensors in it", node)
+
+    def _check_results(self, function: Function) -> None:
+        body = self._graph.subgraphs[function.name]
+        makers = {value: node for node in _all_nodes(body) for value in node.results}
+        for output in body.outputs:
+            node = makers.get(output) if isinstance(output, Value) else None
+            name = None if node is None else _name_of(node)
+            several = name in SEVERAL or (node is not None and isinstance(self._callee(node), SEVERAL_MODULES))
+            if self.slices.kind(output) is Kind.MIXED or several:
+                construct = "several tensors in one object are returned"
+                origin = function.source.origin(function.source.definition) if node is None else node.origin
+                raise refused("result_structure", construct, origin)
 
     def _has_effect(self, node: Node) -> bool:
         """Say whether the host does more at a node than read."""
@@ -352,3 +369,8 @@ def _all_nodes(body: SubGraph) -> Iterator[Node]:
 
 def _has_list(argument: Argument) -> bool:
     return isinstance(argument, list | dict) or (isinstance(argument, tuple) and any(map(_has_list, argument)))
+
+
+def _name_of(node: Node) -> Any:
+    """Return the name of the function or method that a node calls."""
+    return node.arguments[1] if node.target is method else getattr(node.target, "__name__", "")

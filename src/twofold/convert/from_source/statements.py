@@ -16,7 +16,7 @@ from .calls import Calls, LocalFunction, Outside
 from .functions import Outer, Source
 from .host_code import always_assigned
 from .loops import jumps, without_jumps
-from .scope import UNDEFINED, assigned, flatten, rebuild, returns, same, same_form
+from .scope import UNDEFINED, Record, assigned, flatten, rebuild, record_dict, returns, same, same_form
 from .targets import fail
 
 _MISSING: Any = object()
@@ -57,6 +57,9 @@ class Body(Calls):
             return self._converter.outer(held)
         if isinstance(held, LocalFunction):
             return self.made_by_host(held)
+        if isinstance(held, Record):
+            parts = {key: self.use(value) for key, value in zip(held.keys, held.values, strict=True)}
+            return self.call(self.source.definition, held.kind, **parts)
         if type(held) in (tuple, list):
             return type(held)(self.use(item) for item in held)
         return held
@@ -90,11 +93,18 @@ class Body(Calls):
                     self.assign(part, item)
             case ast.Attribute():
                 holder = self.convert(target.value)
+                if isinstance(holder, Record):
+                    raise self.source.refuse(
+                        "unsupported_syntax", "assignment to an attribute of what is made inside", target
+                    )
                 if isinstance(holder, Outer):
                     raise self.source.refuse("unsupported_syntax", "assignment to an attribute from outside", target)
                 self.node(target, "set_attr", (self.use(holder), target.attr, self.use(held)), 0)
             case ast.Subscript():
-                holder, key = self.value(target.value), self.value(target.slice)
+                holder, key = self.convert(target.value), self.value(target.slice)
+                if isinstance(holder, Record | tuple):
+                    raise self.source.refuse("unsupported_syntax", "assignment to an item of a result", target)
+                holder = self.use(holder)
                 self.node(target, "set_item", (holder, key, self.use(held)), 0)
             case _:
                 raise self.source.refuse("unsupported_syntax", f"assignment to {type(target).__name__}", target)
@@ -106,7 +116,7 @@ class Body(Calls):
         for index, statement in enumerate(statements):
             match statement:
                 case ast.Return():
-                    return None if statement.value is None else self.convert(statement.value)
+                    return None if statement.value is None else self._returned(statement.value)
                 case ast.For() | ast.While() if jumps(statement.body):
                     if statement.orelse:
                         raise self.source.refuse("return_in_loop", "else of a loop", statement)
@@ -124,6 +134,17 @@ class Body(Calls):
                 case _:
                     self._statement(statement)
         return _MISSING
+
+    def _returned(self, node: ast.expr) -> Any:
+        """Return what a return statement returns: a dict, of which nobody else has hold, by its parts."""
+        match node:
+            case ast.Dict() if record_dict(node):
+                keys = tuple(key.value for key in node.keys)  # type: ignore[union-attr]
+                return Record(dict, keys, tuple(self._returned(value) for value in node.values))
+            case ast.Tuple() if not any(isinstance(item, ast.Starred) for item in node.elts):
+                return tuple([self._returned(item) for item in node.elts])
+            case _:
+                return self.convert(node)
 
     def whole(self, statements: Sequence[ast.stmt]) -> Any:
         """Convert statements up to the end of the function; return what they return."""
@@ -228,6 +249,13 @@ class Body(Calls):
         """Unpack the side that is no tuple where the other one is; what one side leaves unassigned is so."""
         if left is UNDEFINED or right is UNDEFINED:
             return UNDEFINED, UNDEFINED
+        if (
+            isinstance(left, Record)
+            and isinstance(right, Record)
+            and (left.kind, left.keys) == (right.kind, right.keys)
+        ):
+            values = self._align(at, first, left.values, second, right.values)
+            return left.like(values[0]), right.like(values[1])
         if type(left) is tuple and type(right) is tuple and len(left) == len(right):
             pairs = [
                 (a, b) if same_form(a, b) else self._align(at, first, a, second, b)

@@ -341,7 +341,7 @@ class _Walk:
 
     def _is_container(self, node: Node) -> bool:
         """Say whether a node makes, or may change, a list or dict that holds tensors."""
-        changes = node.target is method and node.arguments[0] in self.mixed
+        changes = node.target in (method, list.append) and node.arguments[0] in self.mixed
         return not node.results or changes or not self.mixed.isdisjoint(node.results)
 
     def _is_used(self, value: Value, left: Sequence[Node]) -> bool:

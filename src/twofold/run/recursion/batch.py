@@ -16,7 +16,7 @@ from .autograd import Bundles, differentiable_run
 from .blocks import RunnableBlock
 from .deferred import PENDING, Deferred, fill
 from .execute import GroupRun, Request, Run, Table
-from .known import GivenPile, Known, make_part, needed_for, split_off
+from .known import GivenPile, Known, make_part, needed_for, own, split_off
 from .prepare import SumBroken, Tables, column, stage_group
 from .schedule import Group, Pile, Schedule, make_schedule
 from .vectorize import Sample
@@ -219,7 +219,7 @@ class Batch:
 
         def singly() -> Sequence[Tensor]:
             outputs = one_by_one(piles, len(levels), self._program.tables.samples)
-            return [_own(outputs[request.task][request.output]) for request in requests]
+            return [own(outputs[request.task][request.output]) for request in requests]
 
         return self._batched(piles, together, singly)
 
@@ -311,8 +311,8 @@ def one_by_one(piles: list[Pile], count: int, samples: dict[Table, Sample]) -> l
     work: list[Any] = [None] * count
     for pile in piles:
         known = pile.known if isinstance(pile, GivenPile) else [None] * len(pile.tasks)
-        for number, *own in zip(pile.tasks, known, pile.invocations, pile.hosts, strict=True):
-            work[number] = pile.block, *own
+        for number, *rest in zip(pile.tasks, known, pile.invocations, pile.hosts, strict=True):
+            work[number] = pile.block, *rest
     outputs: list[list[Any]] = []
     for block, known, invocations, hosts in work:
         if known is not None:
@@ -327,13 +327,6 @@ def one_by_one(piles: list[Pile], count: int, samples: dict[Table, Sample]) -> l
             if isinstance(output, Tensor):
                 samples.setdefault((block.function, result), Sample.of(output))
     return outputs
-
-
-def _own(value: Any) -> Tensor:
-    """Return a value as a tensor object that nobody else holds."""
-    if not isinstance(value, Tensor):
-        return torch.tensor(value)
-    return value.view_as(value)
 
 
 def _read(known: Known, result: int, copied: dict[int, Any]) -> Any:

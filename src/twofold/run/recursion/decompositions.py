@@ -20,6 +20,16 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     return product if bias is None else product + bias
 
 
+def binary_cross_entropy_with_logits(
+    input: Tensor, target: Tensor, *rest: Any, reduction: str = "mean", **keywords: Any
+) -> Tensor:
+    """Do what `F.binary_cross_entropy_with_logits` does; without weights, by operations that have rules."""
+    if rest or keywords or input.shape != target.shape:
+        return F.binary_cross_entropy_with_logits(input, target, *rest, reduction=reduction, **keywords)
+    loss = (1 - target) * input + torch.logaddexp(torch.zeros_like(input), -input)
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+
 def _linear_gates(cell: nn.RNNCellBase, input: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return F.linear(input, cell.weight_ih, cell.bias_ih), F.linear(h, cell.weight_hh, cell.bias_hh)
 
@@ -76,6 +86,7 @@ def decomposed_apply(function: Any, *arguments: Any, **keywords: Any) -> Any:
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     apply: decomposed_apply,
     F.bilinear: bilinear,
+    F.binary_cross_entropy_with_logits: binary_cross_entropy_with_logits,
     torch.bilinear: bilinear,
 }
 """What takes the place of the callables that nodes name."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from twofold.convert.from_source import Block
+from twofold.errors import TwofoldError
 from twofold.graph import SubGraph, Value
 
 from .blocks import RunnableBlock
@@ -41,9 +42,19 @@ class Known(NamedTuple):
     def own(self, output: int) -> Tensor:
         """Return a result, by its position, as a tensor that nobody else holds."""
         held = self.value(self.results[output])
-        if not isinstance(held, Tensor):
-            return torch.tensor(held)
-        return held.view_as(held) if self.row is None else held.clone()
+        return own(held) if self.row is None else held.clone()
+
+
+def own(value: Any) -> Tensor:
+    """Return a result as a tensor object that nobody else holds. Raises `TwofoldError` for what is no tensor."""
+    if isinstance(value, Tensor):
+        return value.view_as(value)
+    if not isinstance(value, bool | int | float | complex):
+        raise TwofoldError(
+            f"a recursive function returned a {type(value).__name__} where a tensor was expected, in a way that"
+            " twofold.subgraph cannot see; return the items of a tuple one by one, and no None in a tensor's place"
+        )
+    return torch.tensor(value)
 
 
 @dataclass(eq=False)

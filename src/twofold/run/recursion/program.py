@@ -16,6 +16,7 @@ from twofold.convert.from_source import (
     Block,
     Converted,
     Slices,
+    constructed,
     make_block,
     make_entry,
     planner_source,
@@ -58,7 +59,7 @@ class Program:
         entry = converted.functions[converted.entry]
         body = converted.graph.subgraphs[entry.name]
         self.results = tensor_results(body, slices)
-        self._count = entry.results
+        self._form, self._count = entry.form, len(body.outputs)
         self._given = tensor_parameters(body, slices)
         self._entry = self.batch.pile(self.piece(make_entry(entry.name, body, slices)))
 
@@ -153,13 +154,13 @@ class Program:
         """Return the results of a call: tensors deferred, the others as they are."""
         others = iter(hosts)
         results: list[Any] = []
-        for index in range(self._count or 1):
+        for index in range(self._count):
             if index in self.results:
                 results.append(deferred := defer())
                 self.batch.want_result(number, self.results.index(index), deferred)
             else:
                 results.append(next(others))
-        return results[0] if self._count is None else tuple(results)
+        return constructed(self._form, iter(results))
 
 
 class AbandonedError(Exception):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from twofold.run.recursion.decompositions import decomposed_apply
+from twofold.run.recursion.decompositions import binary_cross_entropy_with_logits, decomposed_apply
 
 CASES: list[tuple[str, nn.Module, Any]] = [
     ("bilinear", nn.Bilinear(3, 4, 2), lambda: (torch.randn(5, 3), torch.randn(5, 4))),
@@ -41,3 +41,14 @@ def test_other_modules_are_called() -> None:
     layer = nn.Linear(3, 2)
     x = torch.randn(4, 3)
     assert torch.equal(decomposed_apply(layer, x), layer(x))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_binary_cross_entropy(reduction: str) -> None:
+    scores = torch.linspace(-40.0, 40.0, 9, dtype=torch.float64).requires_grad_()
+    target = torch.linspace(0.0, 1.0, 9, dtype=torch.float64)
+    outcomes = []
+    for function in (nn.functional.binary_cross_entropy_with_logits, binary_cross_entropy_with_logits):
+        loss = function(scores, target, reduction=reduction)
+        outcomes.append((loss, *torch.autograd.grad(loss.sum(), scores)))
+    torch.testing.assert_close(outcomes[0], outcomes[1])
