@@ -1,4 +1,4 @@
-"""The ways to run one and the same program that `benchmarks.steps` compares.
+"""The ways to run one and the same program that `benchmarks.steps` and `benchmarks.speculation` compare.
 
 A contender owns a fresh build: its own model, optimizer and data, from equal seeds. Programs whose
 Python is cached by code object (Dynamo's recompilation limit counts per code object) get a fresh copy
@@ -34,7 +34,8 @@ class Contender:
 
     run: Callable[[int], Any]
     prepare: Callable[[], None] = lambda: None
-    graph_op_fraction: Callable[[], float | None] = lambda: None
+    report: Callable[[], dict[str, Any] | None] = lambda: None
+    """Twofold's own report, as a dict; nobody else has one."""
 
 
 def contender_names(program: str, device: torch.device) -> list[str]:
@@ -56,7 +57,9 @@ def make_contender(contender: str, program: str, size: Size, device: torch.devic
         case "compile_reduce_overhead":
             return _calling(build(partial(_compile, "reduce-overhead")))
         case "twofold_exact" | "twofold_fused":
-            return _twofold(build(), contender.removeprefix("twofold_"))
+            return _twofold(build(), numerics=contender.removeprefix("twofold_"))
+        case "twofold_coexecution" | "twofold_speculation":
+            return _twofold(build(), engine=contender.removeprefix("twofold_"))
         case "cuda_graph_by_hand":
             return Contender(CapturedStep(build()))
         case _:
@@ -84,18 +87,18 @@ def _calling(program: Program) -> Contender:
     return Contender(lambda index: program.step(*program.batches(index)))
 
 
-def _twofold(program: Program, numerics: str) -> Contender:
+def _twofold(program: Program, **options: str) -> Contender:
     import twofold
 
-    step = twofold.function(program.step, numerics=numerics)
+    step = twofold.function(program.step, **options)
 
     def prepare() -> None:
         twofold.wait_for_compilation(step, timeout=COMPILE_SECONDS)
 
-    def graph_op_fraction() -> float | None:
-        return twofold.report(step).to_dict()["graph_op_fraction"]
+    def report() -> dict[str, Any]:
+        return twofold.report(step).to_dict()
 
-    return Contender(lambda index: step(*program.batches(index)), prepare, graph_op_fraction)
+    return Contender(lambda index: step(*program.batches(index)), prepare, report)
 
 
 class CapturedStep:

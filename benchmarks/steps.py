@@ -22,7 +22,8 @@ import torch
 
 from benchmarks.contenders import Contender, contender_names, make_contender, seed_everything
 from benchmarks.environment import describe_environment, describe_options, synchronize
-from benchmarks.programs import NAMES
+from benchmarks.host_time import host_microseconds
+from benchmarks.programs import NAMES, PROGRAMS
 
 FIRST_STEPS = 10
 SETTLE_ROUNDS = 3
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     document = {"environment": describe_environment(), "options": describe_options(options), "programs": {}}
     for name in options.programs or NAMES:
-        document["programs"][name] = _measure_in_child(name, options)
+        document["programs"][name] = measure_in_child(name, options)
         print(format_table(name, document["programs"][name]), flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps(document, indent=1))
@@ -59,13 +60,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("programs", nargs="*", metavar="program", help="default: all")
     options = parser.parse_args(arguments)
-    unknown = set(options.programs) - set(NAMES)
-    if unknown:
-        parser.error(f"no such program: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    check_programs(parser, options.programs)
     return options
 
 
-def _measure_in_child(name: str, options: argparse.Namespace) -> dict[str, Result]:
+def check_programs(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """End with one clear error if there is no such program."""
+    unknown = set(names) - set(PROGRAMS)
+    if unknown:
+        parser.error(f"no such program: {', '.join(sorted(unknown))}; there are {', '.join(PROGRAMS)}")
+
+
+def measure_in_child(name: str, options: argparse.Namespace) -> dict[str, Result]:
     """Run `measure_program` in a process; a crash or a timeout is its row."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
@@ -90,9 +96,8 @@ def measure_program(name: str, options: argparse.Namespace) -> dict[str, Result]
     contenders: dict[str, Contender] = {}
     steps = 0
     _warm_up_process(name, options, device)
-    for contender_name in contender_names(name, device):
-        if options.contenders and contender_name not in {"eager", *options.contenders}:
-            continue
+    names = options.contenders or contender_names(name, device)
+    for contender_name in ["eager", *(other for other in names if other != "eager")]:
         results[contender_name] = {"rounds_ms": []}
         try:
             contender, first_seconds = _start(contender_name, name, options, device)
@@ -114,7 +119,8 @@ def measure_program(name: str, options: argparse.Namespace) -> dict[str, Result]
     for contender_name, contender in contenders.items():
         results[contender_name] |= summarise(results[contender_name]["rounds_ms"])
         results[contender_name]["steps_a_round"] = steps
-        results[contender_name]["graph_op_fraction"] = contender.graph_op_fraction()
+        results[contender_name]["host_us"] = host_microseconds(contender.run, device, contender.report() is not None)
+        results[contender_name]["report"] = contender.report() and summarise_report(contender.report())
     return results
 
 
@@ -166,6 +172,16 @@ def summarise(rounds_ms: list[float]) -> Result:
     return {"median_ms": median, "quartiles_ms": [first, third]}
 
 
+def summarise_report(report: dict[str, Any]) -> Result:
+    """Return what a report counts, and its reasons without the folders of the source they name."""
+    summary: Result = {name: value for name, value in report.items() if isinstance(value, (int, float, str))}
+    for kind in ("fallbacks", "refusals"):
+        summary[kind] = [
+            {**entry, "origin": entry["origin"] and entry["origin"].rpartition("/")[2]} for entry in report[kind]
+        ]
+    return summary
+
+
 def format_table(program: str, results: dict[str, Result]) -> str:
     """One row a contender. Ratios are speedups: above 1 is faster than eager, than the best compile."""
     measured = {name: result["median_ms"] for name, result in results.items() if "median_ms" in result}
@@ -180,7 +196,7 @@ def format_table(program: str, results: dict[str, Result]) -> str:
         spread = "{:.3f}-{:.3f}".format(*result["quartiles_ms"])
         over_eager = f"{measured['eager'] / milliseconds:.2f}" if "eager" in measured else ""
         over_compile = f"{min(compiled) / milliseconds:.2f}" if compiled else ""
-        fraction = result["graph_op_fraction"]
+        fraction = result["report"] and result["report"]["graph_op_fraction"]
         lines.append(
             f"  {name:<25}{milliseconds:>10.3f}{spread:>18}{over_eager:>9}{over_compile:>11}"
             f"{result['first_ten_seconds']:>14.2f}{'' if fraction is None else f'{fraction:.1%}':>11}"

@@ -27,6 +27,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks.programs import Program
+from twofold.api import Function
 
 Factory = Callable[[], Program]
 Step = Callable[..., Any]
@@ -272,11 +273,15 @@ def flatten(name: str, value: Any, facts: Facts) -> None:
 
 def flatten_attributes(name: str, value: Any, facts: Facts) -> None:
     """As `flatten`, but open the outermost object whatever its class (a scheduler, a scaler)."""
-    attributes = vars(value) if hasattr(value, "__dict__") and not isinstance(value, dict) else value
-    _flatten(name, attributes, facts, (id(value),))
+    if hasattr(value, "__dict__") and not isinstance(value, dict):
+        _flatten(name, vars(value), facts, (id(value),))
+    else:
+        _flatten(name, value, facts, ())
 
 
 def _flatten(name: str, value: Any, facts: Facts, parents: tuple[int, ...]) -> None:
+    if isinstance(value, Function):  # what is decorated is seen, not Twofold's own state
+        value = value._wrapped
     if isinstance(value, torch.Tensor):
         facts[name] = _tensor_fact(value)
     elif isinstance(value, np.ndarray):

@@ -58,9 +58,11 @@ def build() -> Program:
     model = Net()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     counter = Counter()
+    log: dict[str, list[int]] = {"calls": []}
 
     def step(x: torch.Tensor) -> dict[str, Any]:
         counter.calls += 1
+        log["calls"].append(counter.calls)
         optimizer.param_groups[0]["lr"] = 0.1 / counter.calls
         optimizer.zero_grad()
         loss = model(x).square().sum()
@@ -72,7 +74,7 @@ def build() -> Program:
         return {"loss": loss, "noise": (random.random(), np.random.rand()), "calls": counter.calls}
 
     batch = torch.randn(8, 4)
-    return Program(step, lambda _: (batch,), {"net": model}, {"adam": optimizer}, {"counter": counter})
+    return Program(step, lambda _: (batch,), {"net": model}, {"adam": optimizer}, {"counter": counter, "log": log})
 
 
 def after_each_step(spoil: Callable[[Program], None]) -> Runner:
@@ -132,6 +134,10 @@ def turn_step_count_into_number(program: Program) -> None:
 
 def spoil_attribute(program: Program) -> None:
     program.observed["counter"].last_calls = program.observed["counter"].calls
+
+
+def drop_append(program: Program) -> None:
+    program.observed["log"]["calls"].pop()
 
 
 def switch_to_evaluation(program: Program) -> None:
@@ -240,6 +246,7 @@ FAULTS: dict[str, tuple[Runner, str]] = {
         "optimizer adam['state'][1]['step']",
     ),
     "attribute of an observed object": (after_each_step(spoil_attribute), "observed counter['last_calls']"),
+    "item of a list in an observed dict": (after_each_step(drop_append), "observed log['calls'][0]"),
     "attribute of a module": (after_each_step(switch_to_evaluation), "attributes net.norm['training']"),
     "result without history": (around_step(detach_result), "result['loss']"),
     "result in another container": (around_step(change_container), "result['noise']"),

@@ -1,4 +1,7 @@
-"""A small convolutional network: convolution, pooling, view, Adam."""
+"""A small convolutional network: convolution, pooling, view, Adam.
+
+No dynamic features but the one that every training step has, the impure step of the optimizer.
+"""
 
 import torch
 from torch import nn

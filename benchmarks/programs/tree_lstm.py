@@ -1,4 +1,8 @@
-"""The binary TreeLSTM (Tai, Socher and Manning 2015, section 3.2, N = 2), a label asked for at every node."""
+"""The binary TreeLSTM (Tai, Socher and Manning 2015, section 3.2, N = 2), a label asked for at every node.
+
+Dynamic control flow: the recursion, over a tree of any shape. Dynamic types: children are nodes or None, a loss is a
+number or a tensor. Impure functions: none but the step of the optimizer.
+"""
 
 from collections.abc import Callable
 from typing import Any

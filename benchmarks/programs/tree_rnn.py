@@ -1,4 +1,8 @@
-"""The TreeRNN (Socher et al. 2011): one tanh layer a node. The recursion is a method of the module."""
+"""The TreeRNN (Socher et al. 2011): one tanh layer a node. The recursion is a method of the module.
+
+Dynamic control flow: the recursion, over a tree of any shape. Dynamic types: a node's children are nodes or None.
+Impure functions: the list of losses that every call appends to.
+"""
 
 import torch
 from torch import Tensor, nn

@@ -8,6 +8,8 @@ one of three ways:
 - `follow`: the skeleton beside a graph;
 - `idle`: eagerly and unwatched, at no cost: while kernels are being made, while eager execution is timed, or for
   good where a graph does not pay.
+
+A call that would be followed may be answered without its Python at all: `_Driver.speculate`.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ from twofold.run.account import Account
 from twofold.run.builder import Builder
 from twofold.run.python_runner import PythonRunner
 from twofold.run.recursion import PENDING
+from twofold.run.speculation.cache import MISSED
+from twofold.run.speculation.speculator import Speculator
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,9 +72,11 @@ class _Driver:
         self.builder = Builder(options, self.account)
         self.runner = PythonRunner(self.graph, self.account, self._end_unit)
         self.interception = Interception(self.runner)
+        self.speculator = Speculator(self.graph, self.account, options)
         self.between_units: Callable[[], None] | None = None
         """Called where a unit has ended and the program goes on."""
         self._mode = Mode.IDLE
+        self._signature: Signature = ()
         self._likely: Path | None = None
         self._began = 0.0
         self._timing = False
@@ -82,16 +88,35 @@ class _Driver:
 
     def begin(self) -> Mode:
         """Choose and start the next unit."""
-        signature = self.graph.signature()
-        self._mode = self.next_mode(signature)
+        self.choose()
+        return self.start()
+
+    def choose(self) -> None:
+        """Choose how the next unit runs."""
+        self._signature = self.graph.signature()
+        self._mode = self.next_mode(self._signature)
         if self._mode is not Mode.IDLE:
             PENDING.flush()  # results of recursive calls that the unit is given shall be ordinary tensors
         self._timing = self.builder.is_timing(self._likely) and self._mode is not Mode.RECORD
+
+    def start(self) -> Mode:
+        """Start the unit as chosen."""
         if self._timing and self.graph.has_accelerator:
             torch.cuda.synchronize()
-        self.runner.begin(self._mode.value, signature)
+        self.runner.begin(self._mode.value, self._signature)
         self._began = time.perf_counter()
         return self._mode
+
+    def speculate(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Answer the call that was just chosen for without running its Python; `MISSED` if that has to run."""
+        if self._mode is not Mode.FOLLOW or self._timing or not self.speculator.is_willing():
+            return MISSED
+        self._began = time.perf_counter()
+        result, path = self.speculator.call(function, arguments, keywords, self._signature)
+        if path is not None:
+            self.account.speculated_iterations += 1
+            self._end_unit(path, None, self._signature)
+        return result
 
     def next_mode(self, signature: Signature) -> Mode:
         """Decide how the next unit runs."""
@@ -136,7 +161,7 @@ class _Driver:
             account.graph_iterations += 1
             account.graph_calls += path.call_count
             self._new_in_a_row = 0
-            self.graph.root(signature).refusals = 0
+            path.nodes[0].parent.refusals = 0  # type: ignore[union-attr]
             path.units += 1
             account.span("graph", account.backend, int(self._began * 1e9), int((self._began + seconds) * 1e9))
             if self._timing:
@@ -234,6 +259,9 @@ class Function(Generic[P, R]):
         self._lock = threading.Lock()
         self._steps_in_call = 0
         self._steps_per_call: int | None = None
+        self._receiver: weakref.ref[Any] | None = None
+        """Of a method: its instance. What is wrapped then is a function of `_unbound` and the instance."""
+        self._unbound: Callable[..., R] = wrapped
         self._bound: dict[int, tuple[weakref.ref[Any], Function[..., Any]]] = {}
         if not isinstance(wrapped, torch.nn.Module):
             functools.update_wrapper(self, wrapped)
@@ -253,7 +281,12 @@ class Function(Generic[P, R]):
     def _run(self, *arguments: P.args, **keywords: P.kwargs) -> R:
         driver = self._driver
         self._steps_in_call = 0
-        mode = driver.begin()
+        driver.choose()
+        given = arguments if self._receiver is None else (self._receiver(), *arguments)
+        result = driver.speculate(self._unbound, given, keywords)
+        if result is not MISSED:
+            return result
+        mode = driver.start()
         if mode is Mode.IDLE:
             result = self._wrapped(*arguments, **keywords)
             driver.end()
@@ -317,6 +350,7 @@ class Function(Generic[P, R]):
             return function(reference(), *arguments, **keywords)
 
         bound = Function(method, self._options)
+        bound._receiver, bound._unbound = reference, function
         self._bound[identity] = reference, bound
         return bound
 
@@ -406,6 +440,7 @@ def report(of: Any) -> Report:
     if not isinstance(driver, _Driver):
         raise OptionError(f"twofold.report needs what twofold.function or twofold.program returned, got {of!r:.60}")
     driver.account.compile_seconds = driver.builder.compile_seconds()
+    driver.speculator.cache.describe()
     _count_operations(driver)
     return Report(driver.account)
 

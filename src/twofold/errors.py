@@ -35,7 +35,14 @@ class BackendUnavailableError(TwofoldError, RuntimeError):
 
 
 class NotConvertibleError(TwofoldError):
-    """The program cannot run as a graph and ``strict=True`` forbids running it eagerly."""
+    """The program cannot run as a graph, or without its Python where that is demanded, and ``strict=True``.
+
+    ``refusal``: the structured reason why the source was not converted, if that is it.
+    """
+
+    def __init__(self, message: str, refusal: object = None) -> None:
+        super().__init__(message)
+        self.refusal = refusal
 
 
 class DeclarationError(TwofoldError):
@@ -152,6 +159,10 @@ CODES: dict[str, Code] = {
     "no_tensor_calls": Code(
         "the unit made no tensor calls, so there is nothing to run as a graph",
         "Decorate the function that computes.",
+    ),
+    "assumption_failed": Code(
+        "calls were other than the graphs made from the function's source assumed, too often to go on assuming it",
+        "Nothing to do: the function's Python runs beside its graph. The report lists the assumption that failed.",
     ),
     "mutated_outside": Code(
         "a tensor that the graph relies on was replaced or resized outside the unit",

@@ -51,6 +51,8 @@ class Report:
             "graph_iterations": account.graph_iterations,
             "eager_iterations": account.eager_iterations,
             "traced_iterations": account.traced_iterations,
+            "speculated_iterations": account.speculated_iterations,
+            "misses": account.misses,
             "graph_calls": account.graph_calls,
             "eager_calls": account.eager_calls,
             "graph_op_fraction": _fraction(account.graph_calls, account.eager_calls),
@@ -76,6 +78,20 @@ class Report:
             }
             for refusal, count in account.refusals.copy().items()
         ]
+        self._assumptions: list[dict[str, Any]] = [
+            {
+                "subject": subject,
+                "kind": kind,
+                "expected": expected,
+                "origin": _text(origin),
+                "checked": count.checked,
+                "failed": count.failed,
+                "relaxed": count.relaxed,
+            }
+            for (subject, kind, expected, origin), count in account.assumptions.items()
+        ]
+        self.generated: tuple[str, ...] = tuple(account.speculated)
+        """The Python that runs in place of the function: one text for each speculated graph."""
         self._decisions: list[dict[str, Any]] = [
             {"seconds": decision.seconds, "text": decision.text} for decision in account.decisions.copy()
         ]
@@ -89,6 +105,7 @@ class Report:
             **self._numbers,
             "fallbacks": [dict(entry) for entry in self._fallbacks],
             "refusals": [dict(entry) for entry in self._refusals],
+            "assumptions": [dict(entry) for entry in self._assumptions],
             "decisions": [dict(entry) for entry in self._decisions],
             "operations": [dict(entry) for entry in self._operations],
         }
@@ -123,6 +140,10 @@ class Report:
             yield "\nNot converted from source"
         for entry in self._refusals:
             yield from _entry_lines(entry, f"{entry['code']} ({entry['construct']}): {entry['reason']}")
+        if self._assumptions:
+            shown = sorted(self._assumptions, key=lambda entry: (-entry["failed"], not entry["relaxed"]))
+            yield f"\nAssumed, and checked in each call, those that failed first{_of(SHOWN_LINES, len(shown))}"
+            yield from map(_assumption_line, shown[:SHOWN_LINES])
         if self._decisions:
             yield "\nDecisions"
         for decision in self._decisions:
@@ -142,12 +163,22 @@ class Report:
             f"engine {numbers['engine']}, backend {numbers['backend']}",
             f"{numbers['iterations']:,} iterations: {numbers['graph_iterations']:,} as graphs,"
             f" {numbers['eager_iterations']:,} eager ({numbers['traced_iterations']:,} of these recorded)",
+            *self._speculation(),
             f"{numbers['graph_op_fraction']:.1%} of tensor calls ran in graphs"
             f" ({numbers['graph_calls']:,} of {calls:,})",
             f"{_count(numbers['paths'], 'path')} in {_count(numbers['segments'], 'segment')},"
             f" {_count(numbers['captures'], 'capture')}, {_count(numbers['discards'], 'discard')}",
             f"{numbers['compile_seconds']:.2f} s of compiling; the program was kept waiting for"
             f" {numbers['stall_seconds']:.2f} s",
+        ]
+
+    def _speculation(self) -> list[str]:
+        numbers = self._numbers
+        if not numbers["speculated_iterations"]:
+            return []
+        return [
+            f"{numbers['speculated_iterations']:,} iterations ran without their Python;"
+            f" {_count(numbers['misses'], 'miss', 'es')}, {_count(len(self._assumptions), 'assumption')}"
         ]
 
     def to_html(self, path: str | Path) -> None:
@@ -159,6 +190,8 @@ class Report:
             summary=self.summary(),
             fallbacks=self._fallbacks,
             refusals=self._refusals,
+            assumptions=self._assumptions,
+            generated=self.generated,
             decisions=self._decisions,
             operations=rows[:SHOWN_ROWS],
             operations_shown=_of(SHOWN_ROWS, len(rows)),
@@ -226,8 +259,8 @@ def _source_order(origin: str) -> tuple[str, int]:
     return (file, int(line)) if line.isdigit() else (origin, 0)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def _of(shown: int, total: int) -> str:
@@ -240,6 +273,11 @@ def _entry_lines(entry: dict[str, Any], what: str) -> Iterator[str]:
         yield f"            at {entry['origin']}"
     if entry["hint"]:
         yield f"            -> {entry['hint']}"
+
+
+def _assumption_line(entry: dict[str, Any]) -> str:
+    fared = f"failed {entry['failed']:,} of {entry['checked']:,}{', read anew since' if entry['relaxed'] else ''}"
+    return f"  {entry['subject']}: {entry['kind']} {entry['expected']} ({fared}; {entry['origin'] or 'no origin'})"
 
 
 def _table(lines: list[SourceLine]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twofold
-from twofold.run.recursion import execute, schedule, sums
+from twofold.run.recursion import execute, parts, schedule, sums
 
 from .recursive_programs import LABELS, PROGRAMS, WORDS, Recursion, Tree
 
@@ -114,13 +114,27 @@ def terms_of_other_trees(monkeypatch: pytest.MonkeyPatch) -> str:
     return "binary_tree_lstm"
 
 
+def rows_of_the_wrong_children(monkeypatch: pytest.MonkeyPatch) -> str:
+    original = execute.Run._column
+
+    def column(self: execute.Run, run: Any, role: Any, what: Any) -> Any:
+        held = original(self, run, role, what)
+        return [part.flip(0) for part in held] if role is parts.Role.CHILDREN else held
+
+    monkeypatch.setattr(execute.Run, "_column", column)
+    return "binary_tree_lstm"
+
+
 def rows_of_the_wrong_level(monkeypatch: pytest.MonkeyPatch) -> str:
-    original = execute.Run._keep
+    original = execute.Run._parts
 
-    def kept(self: execute.Run, run: Any, name: str, segment: Any, held: Any) -> None:
-        original(self, run, name, segment, held.flip(0) if held.dim() > 1 and "sigmoid" in name else held)
+    def wrong(self: execute.Run, run: Any, crossing: Any) -> Any:
+        held = original(self, run, crossing)
+        return (
+            [part.flip(0) for part in held] if crossing.source is parts.Stage.TURN and crossing.dimension == 0 else held
+        )
 
-    monkeypatch.setattr(execute.Run, "_keep", kept)
+    monkeypatch.setattr(execute.Run, "_parts", wrong)
     return "binary_tree_lstm"
 
 
@@ -129,8 +143,8 @@ def a_level_left_out_of_a_sum(monkeypatch: pytest.MonkeyPatch) -> str:
 
     def joined(self: execute.Run, run: Any, crossing: Any) -> Any:
         held = original(self, run, crossing)
-        parts = run.by_level.get(crossing.name)
-        return parts[0] if parts and crossing.dimension is None and parts[0] is not None else held
+        levels = run.parts.get(crossing.name)
+        return levels[0] if levels and crossing.dimension is None else held
 
     monkeypatch.setattr(execute.Run, "_joined", joined)
     return "method"
@@ -140,6 +154,7 @@ FAULTS = [
     children_exchanged,
     gradients_overwritten,
     terms_of_other_trees,
+    rows_of_the_wrong_children,
     rows_of_the_wrong_level,
     a_level_left_out_of_a_sum,
 ]

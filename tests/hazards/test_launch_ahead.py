@@ -39,7 +39,9 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(from_traces._Builder, "_is_on_accelerator", lambda _: True)
     monkeypatch.setattr(graph_runner, "_is_small_and_remote", lambda _: True)
-    monkeypatch.setattr(graph_runner, "_host_memory", lambda value: torch.empty(value.spec.shape))
+    monkeypatch.setattr(
+        graph_runner, "_host_memory", lambda value: torch.empty(value.spec.shape, dtype=value.spec.dtype)
+    )
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(GraphRunner, "launch_ahead", launch_ahead)
     return launched
@@ -72,7 +74,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh()), nn.Linear(8, 3))
 
 
-EXACT = function(numerics="exact", backend="replay", background=False)
+EXACT = function(engine="coexecution", numerics="exact", backend="replay", background=False)
 STEPS = 6 + 3 * TRUSTED_AFTER
 
 

@@ -8,6 +8,7 @@ kernels where torch.compile, whose backward is a graph of its own, spent 1.6.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ class _Rewriter:
         self._graph = torch.fx.Graph()
         self._copies: dict[torch.fx.Node, torch.fx.Node] = {}
         self._converted: dict[torch.fx.Node, torch.fx.Node] = {}
-        self._has_copied_view = False
+        self._copied_views: set[torch.fx.Node] = set()  # what they showed
         _run_on_fakes(module, examples)
 
     def rewrite(self, outputs: Sequence[torch.Tensor]) -> torch.fx.GraphModule | None:
@@ -68,7 +69,7 @@ class _Rewriter:
         for node in self._module.graph.nodes:
             if written := _written(node):
                 self._converted.clear()  # what was copied may be out of date
-                if self._has_copied_view and any(n.op != "placeholder" for n in written):
+                if not self._copied_views.isdisjoint(map(_root_of, written)):
                     return None  # what was a view should see this
             if node.op == "placeholder":
                 copied = self._graph.placeholder(node.name)
@@ -92,7 +93,7 @@ class _Rewriter:
         target = node.target
         if target in _VIEWS and not _can_view(arguments[0].meta["val"], arguments[1]):
             target = aten.reshape.default
-            self._has_copied_view = True
+            self._copied_views.add(_root_of(node))
         return self._call(target, tuple(arguments), keywords)
 
     def _call(self, target: Any, arguments: tuple[Any, ...], keywords: Any) -> torch.fx.Node:
@@ -141,6 +142,17 @@ def _written(node: torch.fx.Node) -> list[torch.fx.Node]:
     given = {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
     written = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     return _nodes_in(written)
+
+
+def _root_of(node: torch.fx.Node) -> torch.fx.Node:
+    """Return the node whose memory a tensor shows: views and results of writing are followed back."""
+    schema = getattr(node.target, "_schema", None)
+    is_alias = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    if is_alias or node.target is operator.getitem:
+        shown = node.args[0]
+        if isinstance(shown, torch.fx.Node):
+            return _root_of(shown)
+    return node
 
 
 def _nodes_in(argument: Any) -> list[torch.fx.Node]:

@@ -242,7 +242,7 @@ class Recorder:
         """Add a fetch whose value Python already has."""
         if self.trace.refusal is None:
             templates = self._writer.templates(tuple(leaves((arguments, keywords), _TENSOR)), {})
-            self._writer.append("fetch", event.function, templates, None, event.ambient, event.origin, ())
+            self._writer.append("fetch", event.function, templates, event.sample, event.ambient, event.origin, ())
 
     # ---- the end -----------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from twofold.graph import Ambient, Origin, TensorSpec
@@ -85,6 +86,21 @@ class Operation:
                 yield from numbers_in(given)
 
 
+MAX_SAMPLE = 4096
+"""Items of a list or array that a fetch gave and that is kept as a sample."""
+
+
+def sample_of(fetched: Any) -> Any:
+    """Return a copy of what a fetch gave Python that shares nothing with it; None for what is large or unknown."""
+    if isinstance(fetched, bool | int | float | complex | str):
+        return fetched
+    if isinstance(fetched, list) and len(fetched) <= MAX_SAMPLE:
+        return [sample_of(item) for item in fetched]
+    if isinstance(fetched, np.ndarray) and fetched.size <= MAX_SAMPLE:
+        return fetched.copy()
+    return None
+
+
 EventKind = Literal["call", "fetch", "optimizer", "zero_grad"]
 
 
@@ -106,6 +122,8 @@ class Event:
     ambient: Ambient
     origin: Origin | None
     operations: tuple[Operation, ...]
+    sample: Any = None
+    """What a fetch gave Python, where that is small; see `sample_of`."""
 
     @property
     def name(self) -> str:
@@ -174,6 +192,8 @@ class Trace:
     gradients: list[Gradient] = field(default_factory=list)
     escapes: dict[int, str] = field(default_factory=dict)
     """Slots that outlived the unit, with the state of their autograd history: none, freed or live."""
+    samples: dict[int, Any] = field(default_factory=dict[int, Any])
+    """What those of one element held."""
     history: History | None = None
     """The history of live escapes, if it was recorded."""
     first_random: int | None = None

@@ -10,12 +10,14 @@ out to change becomes a feed, and the paths through it are built again.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from twofold.graph import Origin, TensorSpec
 
@@ -84,6 +86,7 @@ class PathNode:
         "placeholders",
         "refusals",
         "roles",
+        "sample",
         "streak",
     )
 
@@ -102,6 +105,8 @@ class PathNode:
         """Of a root: the iteration from which units are looked at again."""
         self.streak = 0
         """Of a fetch: units in a row that went on from here as predicted."""
+        self.sample: Any = None
+        """Of a fetch: what it gave Python last, or once."""
         self.placeholders: list[torch.Tensor | None] = []
         self.answers_at_once = False
         """Whether to return its one placeholder is all there is to do."""
@@ -147,6 +152,11 @@ class TraceGraph:
         self.paths: list[Path] = []
         self.placeholders: Placeholders = {}
         self._leaves: dict[int, torch.Tensor] = {}
+        self._unhooked_at: tuple[int, int] | None = None
+        """The number of the next handle, and of leaves, when no leaf was seen to run hooks."""
+        self._unhooked: tuple[tuple[bool, ...], ...] = ()
+        self._relaxed: dict[PathNode, None] = {}
+        """Nodes whose checks are to be compiled again before the next unit."""
         self.host_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
         self.number_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
         self.layouts: dict[Layout, None] = {}
@@ -174,15 +184,31 @@ class TraceGraph:
         self.paths.clear()
         self.placeholders.clear()
         self._written_storages.clear()
+        self._relaxed.clear()
 
     def signature(self) -> Signature:
         """Describe the state in which a unit begins, as far as a path depends on it.
 
-        For each leaf known to get gradients: whether it has one, requires one, and runs hooks. Then the switches
-        of PyTorch that choose kernels.
+        The switches of PyTorch that choose kernels. Then, for each leaf known to get gradients: whether it has none,
+        requires one, runs no hooks, and none after accumulation.
         """
-        states = map(_leaf_state, self._leaves.values())
-        return (_switches(), *[(grad is None, needs, not hooks, not late) for grad, needs, hooks, late in states])
+        leaves = self._leaves.values()  # all loops here are C's: this is done before each unit
+        without_gradient = tuple(map(operator.is_, map(_grad, leaves), itertools.repeat(None)))
+        return (_switches(), without_gradient, tuple(map(_requires_grad, leaves)), *self._unhooked_states())
+
+    def _unhooked_states(self) -> tuple[tuple[bool, ...], ...]:
+        """Return which leaves run no hooks, and none after accumulation.
+
+        Every hook is registered with a handle of its own, and handles are numbered: without a new one there is none.
+        """
+        now = RemovableHandle.next_id, len(self._leaves)
+        if now == self._unhooked_at:
+            return self._unhooked
+        leaves = self._leaves.values()
+        states = tuple(map(operator.not_, map(_hooks, leaves))), tuple(map(operator.not_, map(_late_hooks, leaves)))
+        if all(map(all, states)):
+            self._unhooked_at, self._unhooked = now, states
+        return states
 
     def root(self, signature: Signature) -> PathNode:
         """Return the root for units that begin so."""
@@ -200,11 +226,11 @@ class TraceGraph:
         self.clear()
         self._leaves.update((id(g.leaf), g.leaf) for g in added)
         self._leaves.update((id(leaf), leaf) for leaf in frozen)
-        return (
-            *signature,
-            *[(g.entry is None, True, True, True) for g in added],
-            *[(leaf.grad is None, False, True, True) for leaf in frozen],
-        )
+        plain = (True,) * (len(added) + len(frozen))
+        without_gradient = (*(g.entry is None for g in added), *(leaf.grad is None for leaf in frozen))
+        requiring = (*(True for _ in added), *(False for _ in frozen))
+        switches, *states = signature or (_switches(), (), (), (), ())
+        return (switches, *map(operator.add, states, (without_gradient, requiring, plain, plain)))
 
     def merge(self, trace: Trace, signature: Signature) -> Path | None:
         """Add a trace of a unit that began so; return its path.
@@ -228,7 +254,9 @@ class TraceGraph:
                     return None
                 child = self._grow(node, event, trace)
             node = child
+            node.sample = event.sample if event.sample is not None else node.sample
             nodes.append(node)
+        self._compile_relaxed()
         if node.end is None:
             node.end = Path(tuple(nodes), trace)
             self.paths.append(node.end)
@@ -294,8 +322,13 @@ class TraceGraph:
         for path in self.paths:
             if node in path.nodes:
                 path.stale = True
-                for user in path.nodes:
-                    user.compile_match()
+                self._relaxed.update(dict.fromkeys(path.nodes))
+
+    def _compile_relaxed(self) -> None:
+        """Compile the checks of the paths whose roles changed, once for all the changes that one trace brought."""
+        for node in self._relaxed:
+            node.compile_match()
+        self._relaxed.clear()
 
     def _has_same_tensors(self, node: PathNode, event: Event, trace: Trace) -> bool:
         assert node.event is not None
@@ -355,13 +388,15 @@ def _switches() -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
+        torch._C._get_cublas_allow_tf32(),
+        torch._C._get_cudnn_allow_tf32(),
+        torch._C._get_cudnn_benchmark(),
     )
 
 
-_leaf_state = operator.attrgetter("grad", "requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+_grad, _requires_grad, _hooks, _late_hooks = map(
+    operator.attrgetter, ("grad", "requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+)
 
 
 def _externals_of(event: Event, trace: Trace) -> list[torch.Tensor]:

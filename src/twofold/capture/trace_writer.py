@@ -33,6 +33,7 @@ from .trace import (
     Trace,
     leaves,
     map_leaves,
+    sample_of,
 )
 
 _TENSOR = torch.Tensor
@@ -224,8 +225,9 @@ class TraceWriter:
             return slot
 
         template = None if kind == "fetch" else map_leaves(result, _TENSOR, outcome)
+        sample = sample_of(result) if kind == "fetch" else None
         self.trace.events.append(
-            Event(kind, function, *templates, template, tuple(made), first, ambient, origin, operations)
+            Event(kind, function, *templates, template, tuple(made), first, ambient, origin, operations, sample)
         )
 
     # ---- gradients and history ---------------------------------------------------------------------------
@@ -279,6 +281,8 @@ class TraceWriter:
             tensor = reference()
             if tensor is not None:
                 trace.escapes[slot] = self._history(tensor)
+                if tensor.numel() == 1:
+                    trace.samples[slot] = tensor.detach().item()
         if trace.history is not None:  # what autograd alone still holds is live too, and no output
             others = [slot for slot, state in trace.escapes.items() if state == "live"]
             for slot in set(others) - set(trace.history.outputs):

@@ -8,7 +8,8 @@ memory and geometry are those of its operand is no node at all.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import operator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,24 +79,31 @@ class OptimizerPlan:
     hyper_parameters: list[dict[str, Any]]
     parameters: tuple[tuple[torch.Tensor, ...], ...]
     state: Any
-    tensors: tuple[tuple[Any, dict[str, Any], str, torch.Tensor], ...]
-    """The tensors of its state, each with its parameter, and the dictionary and key that hold it."""
+    tensors: tuple[tuple[Any, ...], tuple[dict[str, Any], ...], tuple[str, ...], tuple[torch.Tensor, ...]]
+    """Of each tensor of its state: its parameter, the dictionary and the key that hold it, and the tensor."""
     stand_in: Any
     """An optimizer of the same class without parameters, for `step` to do nothing with."""
 
     def still_holds(self) -> bool:
         """Whether the optimizer is as it was when the graph was built, learning rate aside where it is free."""
         groups = self.optimizer.param_groups
+        owners, states, keys, tensors = self.tensors
         return (
             self.optimizer.state is self.state
-            and all(self.state.get(p) is held and held.get(key) is tensor for p, held, key, tensor in self.tensors)
             and len(groups) == len(self.parameters)
             and all(
-                len(group["params"]) == len(known) and all(map(_same, group["params"], known))
+                len(group["params"]) == len(known) and all(map(operator.is_, group["params"], known))
                 for group, known in zip(groups, self.parameters, strict=True)
             )
-            and (self.outside or hyper_parameters(self.optimizer, self.free) == self.hyper_parameters)
+            and all(map(operator.is_, map(self.state.get, owners), states))
+            and all(map(operator.is_, map(dict.get, states, keys), tensors))
+            and (self.outside or all(map(_agrees, groups, self.hyper_parameters)))
         )
+
+
+def _agrees(group: dict[str, Any], known: dict[str, Any]) -> bool:
+    """Whether a parameter group has the settings it had."""
+    return [group.get(key) for key in known] == list(known.values())
 
 
 def _state_tensors(optimizer: Optimizer) -> Iterator[tuple[Any, dict[str, Any], str, torch.Tensor]]:
@@ -105,14 +113,15 @@ def _state_tensors(optimizer: Optimizer) -> Iterator[tuple[Any, dict[str, Any], 
                 yield parameter, state, key, value
 
 
+def _columns(rows: Iterable[tuple[Any, dict[str, Any], str, torch.Tensor]]) -> Any:
+    columns: tuple[Any, ...] = tuple(zip(*rows, strict=True))
+    return columns or ((), (), (), ())
+
+
 def _stand_in(optimizer: Optimizer) -> Any:
     stand_in: Any = object.__new__(type(optimizer))
     stand_in.__dict__.update(optimizer.__dict__, param_groups=[], state={})
     return stand_in
-
-
-def _same(left: object, right: object) -> bool:
-    return left is right
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,7 +342,7 @@ class _Builder:
             [] if outside else hyper_parameters(optimizer, free),
             tuple(tuple(group["params"]) for group in optimizer.param_groups),
             optimizer.state,
-            () if outside else tuple(_state_tensors(optimizer)),
+            _columns([] if outside else _state_tensors(optimizer)),
             _stand_in(optimizer),
         )
 

@@ -57,6 +57,15 @@ class Span(NamedTuple):
     end_ns: int
 
 
+@dataclass(slots=True)
+class AssumptionCount:
+    """How an assumption of speculated graphs fared, and whether what it was about is now read in each call."""
+
+    checked: int = 0
+    failed: int = 0
+    relaxed: bool = False
+
+
 class Account:
     """What happened to one function or program so far. All counters start at zero."""
 
@@ -77,6 +86,15 @@ class Account:
         """Tensor calls executed in graphs."""
         self.eager_calls = 0
         """Tensor calls executed outside graphs, while Twofold was looking."""
+
+        self.speculated_iterations = 0
+        """Those of ``graph_iterations`` that ran without their Python."""
+        self.misses = 0
+        """Calls that no speculated graph fitted, found out before anything was launched."""
+        self.assumptions: dict[tuple[str, str, str, Origin], AssumptionCount] = {}
+        """By subject, kind and what was expected; set when a report is made."""
+        self.speculated: list[str] = []
+        """The Python that stands for the function, one text for each graph, likewise."""
 
         self.segments = 0
         self.paths = 0

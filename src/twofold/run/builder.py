@@ -202,7 +202,11 @@ class Builder:
             self._judge(contest)
 
     def _contest(self, path: Path) -> Contest:
-        return self._contests.setdefault(path.nodes[0].parent, Contest())
+        root = path.nodes[0].parent
+        contest = self._contests.get(root)
+        if contest is None:
+            contest = self._contests[root] = Contest()
+        return contest
 
     def _judge(self, contest: Contest) -> None:
         """Accept or reject the tier on trial, once there are enough times of both sides."""

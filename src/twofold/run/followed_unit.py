@@ -15,18 +15,17 @@ from typing import Any
 import torch
 
 from twofold.capture.functions import NUMBER_READS
-from twofold.capture.history import Layout
 from twofold.capture.intercept import unheard
 from twofold.capture.number_feeds import number_tensor
 from twofold.capture.recorder import Recorder
 from twofold.capture.trace import External, Slot, leaves, map_leaves
-from twofold.capture.trace_graph import MAX_LAYOUTS, Path, PathNode, TraceGraph
+from twofold.capture.trace_graph import Path, PathNode, TraceGraph
 from twofold.convert.from_traces import OptimizerPlan
 from twofold.graph import ambient_context
 
 from .account import Account
 from .graph_runner import GraphRunner, Installed, feed_copy
-from .history import History, with_history
+from .outputs import learn_layout, outputs_of
 from .placeholders import escaped, fill_placeholder, make_placeholder, recycle, with_freed_history
 
 _TENSOR = torch.Tensor
@@ -222,35 +221,14 @@ class FollowedUnit:
 
     def _hand_out(self, path: Path, run: GraphRunner, alive: list[int]) -> None:
         """Give the placeholders that Python holds their values; the objects used up become placeholders in turn."""
-        differentiable = self._with_history(path, run, alive)
-        for index in alive:
+        learn = functools.partial(learn_layout, self._graph, self._account)
+        for index, value in outputs_of(path, run, alive, learn).items():
             placeholder = self.slots[index]
             made = self._placeholders[id(placeholder)][1]
-            with torch.no_grad():
-                value = run.owned_value(path.program.escapes[index])
-            if index in differentiable:
-                value = differentiable[index]
-            elif made.requires_grad:
-                if made.grad_function:
-                    value = with_freed_history(value, made.grad_function)
-                else:
-                    value.requires_grad_()
             fill_placeholder(placeholder, value, self._placeholders)
             node = path.maker_of(index)
             again = recycle(value, made, self._placeholders)
             node.placeholders[index - node.event.first_slot] = again  # type: ignore[union-attr]
-
-    def _with_history(self, path: Path, run: GraphRunner, alive: list[int]) -> dict[int, torch.Tensor]:
-        """Return the values of outputs that a backward outside the unit may differentiate, all of them at once."""
-        plan = path.program.history
-        if plan is None or not set(plan.outputs) & set(alive):
-            return {}
-        made = [self._placeholders[id(self.slots[index])][1] for index in plan.outputs]
-        with torch.no_grad():
-            outputs = [run.owned_value(path.program.escapes[index]) for index in plan.outputs]
-        names = [str(one.grad_function) for one in made]
-        history = History(path, run, functools.partial(_learn_layout, self._graph, self._account))
-        return dict(zip(plan.outputs, with_history(history, run, outputs, names), strict=True))
 
     # ---- the end: eagerly --------------------------------------------------------------------------------
 
@@ -291,18 +269,3 @@ class FollowedUnit:
 def _keeps_as_before(path: Path, alive: list[int]) -> bool:
     """Whether Python holds no tensor but those that units of this path were seen to keep."""
     return path.histories.keys() >= set(alive)
-
-
-def _learn_layout(graph: TraceGraph, account: Account, path: Path, layout: Layout | None) -> None:
-    """A backward came in a way that the graph of its unit does not know: learn it, or give up."""
-    if layout is None:
-        graph.differentiated_twice = True
-        path.blocked, path.executable = "double_backward", None
-        account.fallback("double_backward", "gradients of gradients, or sparse ones, are taken of an output")
-    elif len(graph.layouts) >= MAX_LAYOUTS:
-        path.blocked, path.executable = "history_escapes", None
-        account.fallback("history_escapes", f"backward came in more than {MAX_LAYOUTS} ways")
-    else:
-        path.stale = True
-        graph.layouts[layout] = None
-        account.fallback("new_path", "backward reached the outputs of a unit in a way not seen before")

@@ -35,7 +35,10 @@ class Installed:
     program: Program
     executable: Executable
     statics: Environment = field(init=False)
-    pointers: list[tuple[torch.Tensor, int]] = field(init=False)
+    pointers: list[int] = field(init=False)
+    """Where the statics live."""
+    exits: list[tuple[torch.Tensor, Value | None]] = field(init=False)
+    """The leaves whose gradient a unit sets, with the gradient."""
     written: list[list[Value]] = field(init=False)
     written_early: list[Value] = field(init=False)
     """What the last segment writes before its optimizer kernels, by which time nothing can fail any more."""
@@ -47,7 +50,8 @@ class Installed:
     def __post_init__(self) -> None:
         program = self.program
         self.statics = {value: tensor.detach() for value, tensor in program.statics.items()}
-        self.pointers = [(tensor, tensor.data_ptr()) for tensor in program.statics.values()]
+        self.pointers = list(map(_data_ptr, program.statics.values()))
+        self.exits = [(plan.leaf, plan.exit) for plan in program.gradients if not plan.keeps]
         self.written = [
             [value for value in written_roots(segment, program.views) if value in program.statics]
             for segment in program.segments
@@ -98,10 +102,16 @@ class Installed:
 
     def is_current(self) -> bool:
         """Whether parameters and buffers still live where they did, and gradients are as at every start."""
-        for tensor, pointer in self.pointers:
-            if tensor.data_ptr() != pointer:
-                return False
-        return all((plan.leaf.grad is not None) == plan.had_gradient for plan in self.program.gradients)
+        return self.lives_where_it_did() and all(
+            (plan.leaf.grad is not None) == plan.had_gradient for plan in self.program.gradients
+        )
+
+    def lives_where_it_did(self) -> bool:
+        """Whether parameters and buffers still do."""
+        return list(map(_data_ptr, self.program.statics.values())) == self.pointers
+
+
+_data_ptr = torch.Tensor.data_ptr
 
 
 def _is_small_and_remote(value: Value) -> bool:
@@ -148,6 +158,8 @@ class GraphRunner:
         self.program = installed.program
         self.environment: Environment = dict(installed.statics)
         self.launched = 0
+        self.saves_last = False
+        """Whether the last segment shall be undone too, if `discard` comes after it."""
         self._feeds = feeds
         self._given = given
         self._saved: dict[Value, torch.Tensor] = {}
@@ -164,7 +176,8 @@ class GraphRunner:
         while self.launched < count:
             index = self.launched
             is_last = index == program.unit_segments - 1
-            self._save(self.installed.written_early if is_last and not self._saved else self.installed.written[index])
+            is_kept = is_last and not self._saved and not self.saves_last
+            self._save(self.installed.written_early if is_kept else self.installed.written[index])
             for value, number in program.feeds.items():
                 if number in self._feeds:
                     self.environment[value] = self._feeds[number]
@@ -252,12 +265,12 @@ class GraphRunner:
 
     def commit_gradients(self) -> None:
         """Set `.grad` of all leaves to what eager execution leaves there."""
-        for plan in self.program.gradients:
-            if plan.keeps:
-                continue
-            gradient = None if plan.exit is None else self.value(plan.exit)
-            if plan.leaf.grad is not gradient:
-                plan.leaf.grad = gradient
+        environment = self.environment
+        may_be_the_same = self.installed.executable.reuses_outputs
+        for leaf, value in self.installed.exits:
+            gradient = None if value is None else environment[value] if value in environment else self.value(value)
+            if not may_be_the_same or leaf.grad is not gradient:
+                leaf.grad = gradient
 
     def prepare_step(self, plan: OptimizerPlan, index: int, is_last: bool) -> None:
         """Hand an optimizer that steps outside its gradients. `is_last`: nothing can be discarded any more."""

@@ -14,29 +14,11 @@ from typing import Any
 import torch
 
 from twofold.capture.match import Placeholders
+from twofold.capture.placeholders import make_placeholder
 from twofold.capture.trace import Made
 from twofold.graph import TensorSpec
 
-_UNREAD = "Twofold: this tensor was read where its value cannot be supplied, by code that PyTorch does not announce"
-
-# Only CUDA builds of PyTorch have it: code that reads memory unasked gets an error and not a null pointer.
-_forbid_reads = getattr(torch._C, "_set_storage_data_ptr_access_error_msg", None)
-
-
-def make_placeholder(made: Made, known: Placeholders) -> torch.Tensor:
-    """Return a new placeholder for a result described by `made`, entered into `known`."""
-    spec = made.spec
-    shape = [size for size in spec.shape if size is not None]
-    if spec.stride is None:
-        tensor = torch.empty(shape, dtype=spec.dtype, device=spec.device)
-    else:
-        tensor = torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=spec.device)
-    storage = tensor.untyped_storage()
-    storage.resize_(0)
-    if _forbid_reads is not None:
-        _forbid_reads(storage._cdata, _UNREAD)
-    known[id(tensor)] = tensor, made
-    return tensor
+__all__ = ["escaped", "fill_placeholder", "make_placeholder", "recycle", "with_freed_history"]
 
 
 def fill_placeholder(placeholder: torch.Tensor, value: torch.Tensor, known: Placeholders) -> Made:
@@ -64,7 +46,10 @@ FREED_MESSAGE = (
 
 @functools.cache
 def _freed_history(name: str) -> Any:
-    """Return an autograd function whose node has eager's name and, like eager's, nothing left to differentiate."""
+    """Return `apply` of an autograd function whose node has eager's name and, like eager's, nothing to differentiate.
+
+    PyTorch's own, without the Python around it, which looks for what is not there: defaults, `setup_context`.
+    """
 
     class Freed(torch.autograd.Function):
         @staticmethod
@@ -77,7 +62,7 @@ def _freed_history(name: str) -> Any:
             raise RuntimeError(FREED_MESSAGE)
 
     Freed._backward_cls.__name__ = name  # type: ignore[attr-defined]
-    return Freed
+    return super(torch.autograd.Function, Freed).apply  # type: ignore[misc]
 
 
 @functools.cache
@@ -87,8 +72,10 @@ def _leaf() -> torch.Tensor:
 
 def with_freed_history(value: torch.Tensor, name: str) -> torch.Tensor:
     """Return `value` as a tensor that requires a gradient and whose graph was freed, as after `backward()`."""
+    if torch.is_grad_enabled():
+        return _freed_history(name)(value, _leaf())
     with torch.enable_grad():
-        return _freed_history(name).apply(value, _leaf())
+        return _freed_history(name)(value, _leaf())
 
 
 def _reference_counts(tensors: list[torch.Tensor]) -> list[int]:

@@ -123,7 +123,7 @@ def test_segments_are_cut_at_a_fetch_and_only_bases_cross():
           %5: f32[2,4]{1,2} = call aten.mul.Tensor(%3, 2) {no_grad}
           %6: f32[2] = call aten.select.int(%2, 0, 0) {no_grad}
           %7: f32[] = call aten.select.int(%6, 0, 0) {no_grad}
-          %8: f32[2,4]{1,2} = call aten.add.Tensor(%5, %7) {no_grad}
+          %8: f32[2,4]{1,2} = call aten.add_.Tensor(%5, %7) {no_grad}
           return %8
         """)
     ((event, values),) = program.fetches.items()

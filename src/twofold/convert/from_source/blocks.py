@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from twofold.convert.targets import method
 from twofold.graph import Node, SubGraph, Value, values_in
 
 from .convert import Converted
 from .slices import Kind, Slices
-from .targets import method
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 import torch
 
+from twofold.convert.refusals import Refused
+from twofold.convert.targets import apply
 from twofold.graph import SCALAR_TYPES, Ambient, SubGraphBuilder, Value
 
 from .expressions import Expressions
 from .functions import Function, Outer, Recursive, Source
 from .host_code import compiled, names_read
-from .refusals import Refused
 from .scope import UNDEFINED, Record, rebuild
-from .targets import apply
 
 
 class Outside(Protocol):

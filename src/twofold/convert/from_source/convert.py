@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from twofold.convert.refusals import Refused
 from twofold.graph import Graph, GraphBuilder, SubGraphBuilder, Value
 
 from .functions import Function, Outer, Recursive, Source
-from .refusals import Refused
 from .scope import flatten, result_form
 from .statements import Body
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from twofold.convert.targets import apply, method, unpack
 from twofold.graph import UnnamedCallableError, Value, qualified_name
 
 from .functions import Outer, Recursive, Source
 from .scope import UNDEFINED, Record, record_keys
-from .targets import apply, method, unpack
 
 _BINARY: dict[type[ast.operator], Callable[..., Any]] = {
     ast.Add: operator.add,

@@ -12,9 +12,8 @@ from functools import cached_property
 from types import FunctionType
 from typing import Any
 
+from twofold.convert.refusals import Refusal, Refused
 from twofold.graph import Origin
-
-from .refusals import Refusal, Refused
 
 
 class Recursive:

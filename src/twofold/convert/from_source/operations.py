@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from twofold.convert.targets import unpack
 from twofold.graph import Constant
 
 from .expressions import is_library
-from .targets import unpack
 
 FETCHES = frozenset({"item", "tolist", "__bool__", "__int__", "__float__"})
 """Methods of tensors that give their values to Python."""

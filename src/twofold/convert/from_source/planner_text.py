@@ -7,30 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from twofold.convert.python_text import operation
 from twofold.graph import Argument, Constant, Node, Value
 
 from .convert import Converted
 from .slices import Kind, Slices
-from .targets import apply, method
-
-_INFIX: dict[Any, str] = {
-    operator.add: "+",
-    operator.sub: "-",
-    operator.mul: "*",
-    operator.truediv: "/",
-    operator.floordiv: "//",
-    operator.mod: "%",
-    operator.pow: "**",
-    operator.eq: "==",
-    operator.ne: "!=",
-    operator.lt: "<",
-    operator.le: "<=",
-    operator.gt: ">",
-    operator.ge: ">=",
-    operator.is_: "is",
-    operator.is_not: "is not",
-}
-
 
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.iand, operator.ior, operator.ixor)
 
@@ -127,27 +108,9 @@ class PlannerText:
 
     def operation(self, node: Node) -> str:
         """Return the expression, or statement, of a node."""
-        target: Any = node.target
         arguments = [self.text(argument) for argument in node.arguments]
-        match node.op:
-            case "get_attr":
-                return f"{arguments[0]}.{node.arguments[1]}"
-            case "set_attr":
-                return f"{arguments[0]}.{node.arguments[1]} = {arguments[2]}"
-            case "get_item":
-                return f"{arguments[0]}[{arguments[1]}]"
-            case "set_item":
-                return f"{arguments[0]}[{arguments[1]}] = {arguments[2]}"
-            case _:
-                pass
-        if self.form == "wave" and (target is tuple or target in _IN_PLACE):
-            check = self.object(repeatable if target is tuple else unshared)
+        if self.form == "wave" and (node.target is tuple or node.target in _IN_PLACE):
+            check = self.object(repeatable if node.target is tuple else unshared)
             arguments[0] = f"{check}({arguments[0]})"
-        if target in _INFIX:
-            return f"{arguments[0]} {_INFIX[target]} {arguments[1]}"
-        arguments += [f"{name}={self.text(argument)}" for name, argument in node.keywords]
-        if target is method:
-            return f"{arguments[0]}.{node.arguments[1]}({', '.join(arguments[2:])})"
-        if target is apply:
-            return f"{arguments[0]}({', '.join(arguments[1:])})"
-        return f"{self.object(target)}({', '.join(arguments)})"
+        keywords = [f"{name}={self.text(argument)}" for name, argument in node.keywords]
+        return operation(node, arguments, keywords, self.object)

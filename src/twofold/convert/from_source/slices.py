@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from twofold.convert.refusals import Refusal, Refused, line_of
+from twofold.convert.targets import apply, fail, method
 from twofold.graph import Argument, Graph, Node, Origin, SubGraph, Value, evaluate, values_in
 
 from .convert import Converted
@@ -37,8 +39,6 @@ from .operations import (
     is_torch,
     without_effect,
 )
-from .refusals import Refusal, Refused, line_of
-from .targets import apply, fail, method
 
 
 class Kind(IntEnum):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from twofold.convert.targets import fail
 from twofold.graph import Ambient, SubGraph, SubGraphBuilder, Value
 
 from .calls import Calls, LocalFunction, Outside
@@ -17,7 +18,6 @@ from .functions import Outer, Source
 from .host_code import always_assigned
 from .loops import jumps, without_jumps
 from .scope import UNDEFINED, Record, assigned, flatten, rebuild, record_dict, returns, same, same_form
-from .targets import fail
 
 _MISSING: Any = object()
 CONSTANT_TYPES = (torch.dtype, torch.device, torch.memory_format, torch.layout, NoneType)

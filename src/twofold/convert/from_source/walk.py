@@ -14,6 +14,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from twofold.convert.targets import method
 from twofold.graph import Argument, Constant, Node, SubGraph, Value, map_values, values_in
 
 from .blocks import (
@@ -31,7 +32,6 @@ from .blocks import (
 )
 from .convert import Converted
 from .slices import Kind, Slices
-from .targets import method
 
 CUT = "cut"
 """The decision that stands for a cut."""

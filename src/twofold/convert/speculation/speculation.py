@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -62,6 +64,13 @@ class Unit(Protocol):
 
     def tensor(self, slot: int) -> torch.Tensor:
         """Return the tensor that a call of the unit made, for Python to keep: one object for each slot."""
+        ...
+
+    def launch(self, undoable: bool) -> None:
+        """Launch what is left of the unit. `undoable`: a check that follows may still undo all of it."""
+
+    def commit(self) -> None:
+        """Make the unit's state the program's. Nothing can be undone any more."""
 
 
 def give(unit: Unit, index: int, given: Any) -> None:
@@ -82,3 +91,60 @@ def step(unit: Unit, event: int) -> None:
 def tensor(unit: Unit, slot: int) -> torch.Tensor:
     """See `Unit.tensor`."""
     return unit.tensor(slot)
+
+
+def settled(unit: Unit, given: torch.Tensor) -> torch.Tensor:
+    """Return a tensor from outside as the unit leaves it: the schedule reads it when all is launched."""
+    del unit
+    return given
+
+
+def equal(found: Any, expected: Any) -> bool:
+    """Whether a value is the one assumed: same type, same contents, signs of zero and nan told apart.
+
+    The target of the calls that predicates of `value` assumptions are made of; for numbers, strings, tuples of them
+    and the other immutable types of arguments.
+    """
+    if type(found) is not type(expected):
+        return False
+    if isinstance(expected, tuple):
+        return len(found) == len(expected) and all(map(equal, found, expected))
+    if isinstance(expected, float | complex):
+        return repr(found) == repr(expected)
+    return found is expected or bool(found == expected)
+
+
+def instance(kind: type, attributes: dict[str, Any]) -> Any:
+    """Make an instance of a plain class as the call left it, without running its `__init__`."""
+    made = object.__new__(kind)
+    made.__dict__.update(attributes)
+    return made
+
+
+def launch(unit: Unit, undoable: bool) -> None:
+    """See `Unit.launch`. This and `commit` are put in by the schedule."""
+    unit.launch(undoable)
+
+
+def commit(unit: Unit) -> None:
+    """See `Unit.commit`."""
+    unit.commit()
+
+
+def metadata(found: torch.Tensor) -> tuple[Any, ...]:
+    """Describe all of a tensor but its contents: what Python may have asked it for."""
+    return tuple(found.shape), found.dtype, found.device, found.requires_grad, found.is_leaf, found.stride()
+
+
+def referent(reference: weakref.ref[Any]) -> Any:
+    """Return what a weak reference refers to."""
+    return reference()
+
+
+_HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def unhooked(module: torch.nn.Module) -> bool:
+    """Whether calling a module calls its class's `forward` and nothing else."""
+    state = module.__dict__
+    return not any(_HOOKS(state)) and "forward" not in state and state.get("_compiled_call_impl") is None

@@ -15,7 +15,8 @@ from twofold.errors import StaleError
 from .autograd import Bundles, differentiable_run
 from .blocks import RunnableBlock
 from .deferred import PENDING, Deferred, fill
-from .execute import GroupRun, Request, Run, Table
+from .execute import GroupRun, Request, Run
+from .factors import Table
 from .known import GivenPile, Known, make_part, needed_for, own, split_off
 from .prepare import SumBroken, Tables, column, stage_group
 from .schedule import Group, Pile, Schedule, make_schedule
@@ -61,12 +62,12 @@ class Batch:
 
     # While planners run.
 
-    def begin(self, versions: Sequence[int]) -> None:
-        """Take up a call made from ordinary Python; `versions` are those of the tensors from outside."""
+    def begin(self) -> None:
+        """Take up a call made from ordinary Python."""
         if not self._planning and self._levels and self._grad != torch.is_grad_enabled():
             PENDING.flush()
         if not self._levels:
-            self._grad, self._versions = torch.is_grad_enabled(), versions
+            self._grad, self._versions = torch.is_grad_enabled(), self._program.versions()
         self._planning += 1
         PENDING.planning += 1
 
@@ -90,7 +91,7 @@ class Batch:
         """Return where the invocations of a block wait."""
         known = self._piles.get(block)
         if known is None:
-            known = self._piles[block] = Pile(block)
+            known = self._piles[block] = Pile(block, block.constant_hosts)
         return known
 
     def emit(self, pile: Pile, invocations: Sequence[int], hosts: Sequence[Any], kept: Sequence[Deferred]) -> int:
@@ -102,8 +103,7 @@ class Batch:
                 break
             if kind is Tensor or kind is torch.nn.Parameter:
                 self._held.append((host, host._version))
-        if pile.block.constant_hosts:
-            steering = pile.block.constant_hosts
+        if steering := pile.steering:
             pile = self.pile(pile.block.variant(hosts))
             hosts = [host for index, host in enumerate(hosts) if index not in steering]
         levels = self._levels
@@ -173,7 +173,9 @@ class Batch:
         """
         levels, wanted, known, versions = self._levels[:], self._wanted, self._known, self._versions
         piles = [
-            Pile(pile.block, pile.tasks, pile.invocations, pile.hosts) for pile in self._piles.values() if pile.tasks
+            Pile(pile.block, pile.steering, pile.tasks, pile.invocations, pile.hosts)
+            for pile in self._piles.values()
+            if pile.tasks
         ]
         self._wanted = []
         shared, tensors = self._shared, self._held
@@ -300,10 +302,13 @@ def _all_outputs(schedule: Schedule) -> Bundles:
 
 
 def _columns(group: Group, device: torch.device) -> list[Tensor]:
-    hosts, order = group.pile.hosts, group.order.tolist()
+    if not group.block.block.hosts:
+        return []
+    order = group.order.tolist()
     if isinstance(group.pile, GivenPile):
         return [group.pile.column(index, order, device) for index in range(group.block.block.hosts)]
-    return [column([hosts[number][index] for number in order], device) for index in range(group.block.block.hosts)]
+    rows = [group.pile.hosts[position] for position in order]
+    return [column(values, device) for values in zip(*rows, strict=True)]
 
 
 def one_by_one(piles: list[Pile], count: int, samples: dict[Table, Sample]) -> list[list[Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from twofold.convert.from_source import Block, Operand
 from twofold.graph import Constant, SubGraph, Value, map_values, values_in
 
-from .stages import Staged
+from .parts import Staged
 from .vectorize import Joint, run_body, tensors_of
 
 _ARITHMETIC = frozenset(

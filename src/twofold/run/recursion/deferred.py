@@ -8,9 +8,11 @@ each deferred object becomes the ordinary tensor that it stood for, and the oper
 from __future__ import annotations
 
 import functools
+import operator
+import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -97,7 +99,7 @@ class Pending(threading.local):
         """Note an operation and return its result to be; None if it must not wait."""
         if self._flushing or self.planning or not (self._sources or self._noted):
             return None
-        if not kwargs and len(args) == 2 and all(type(arg) in (Deferred, int, float) for arg in args):
+        if not kwargs and len(args) == 2 and type(args[0]) in _PLAIN and type(args[1]) in _PLAIN:
             return self._noted_result(function, args, kwargs)
         taken: list[Any] = []
         for leaf in (leaves := pytree.tree_flatten((args, kwargs)))[0]:
@@ -126,22 +128,65 @@ class Pending(threading.local):
         try:
             for source in sources:
                 source.flush()
-            self._carry_out(noted)
+            with torch.set_grad_enabled(torch.is_grad_enabled()):
+                self._carry_out(noted)
         finally:
             self._flushing = False
 
     def _carry_out(self, noted: list[Noted]) -> None:
-        """Do what was noted, in order. What nobody holds any more, and no later operation takes, is left out."""
-        for operation in noted:
+        """Do what was noted, in order. What nobody holds any more, and no later operation takes, is left out.
+
+        The caller restores the grad mode.
+        """
+        for operation in _sums_at_once(noted):
             result = operation.result()
             if result is None:
                 continue
-            with torch.set_grad_enabled(operation.grad):
-                value = operation.function(*operation.arguments, **operation.keywords)
+            if torch.is_grad_enabled() is not operation.grad:
+                torch.set_grad_enabled(operation.grad)
+            value = operation.function(*operation.arguments, **operation.keywords)
             if type(result) is Deferred:
                 fill(result, value)
 
 
+def _sums_at_once(noted: list[Noted]) -> Iterator[Noted]:
+    """Make one operation of additions each of which takes the result before, which nobody else holds.
+
+    `noted` is used up, so that what it alone holds is seen to be.
+    """
+    noted.reverse()
+    while noted:
+        operation = noted.pop()
+        terms = [*operation.arguments] if _adds(operation) else []
+        while terms and noted and _adds(noted[-1]) and _alone_takes(noted[-1], operation):
+            operation = noted.pop()
+            terms.append(operation.arguments[1])
+        yield operation._replace(function=_add_up, arguments=(terms,)) if len(terms) > 2 else operation
+
+
+def _adds(operation: Noted) -> bool:
+    if operation.function not in (Tensor.add, torch.add) or operation.keywords or len(operation.arguments) != 2:
+        return False
+    first, second = operation.arguments
+    return isinstance(first, Tensor) and (isinstance(second, Tensor) or (type(second) is int and second == 0))
+
+
+def _alone_takes(later: Noted, operation: Noted) -> bool:
+    """Say whether an addition takes the result of another as its first argument, and nothing else holds it."""
+    result = operation.result()
+    held_by = 3  # the later one's arguments, `result`, and the question itself
+    return result is later.arguments[0] and sys.getrefcount(result) == held_by and later.grad is operation.grad
+
+
+def _add_up(terms: list[Any]) -> Any:
+    tensors = [term for term in terms if isinstance(term, Tensor)]
+    first = tensors[0]
+    if first.is_floating_point() and all(t.shape == first.shape and t.dtype is first.dtype for t in tensors):
+        return torch.stack(tensors).sum(0)
+    return functools.reduce(operator.add, terms)
+
+
+_PLAIN = (Deferred, int, float)
 _IN_PLACE = frozenset({Tensor.__iadd__, Tensor.add_})
 PENDING = Pending()
 

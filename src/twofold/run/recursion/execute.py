@@ -8,20 +8,17 @@ results and a term of its own (a loss) has no table; the terms are added up at t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .factors import Link, Table
+from .parts import Crossing, Role, Stage, StageCode, Staged
 from .schedule import Group, Schedule, Segment
-from .stages import Crossing, Stage, Staged
 from .sums import Sums
-
-Table = tuple[str, int]
-"""A function and the number of one of its results."""
 
 
 class Request(NamedTuple):
@@ -33,36 +30,31 @@ class Request(NamedTuple):
 
 @dataclass
 class GroupRun:
-    """What is known of one block's invocations while they run: values for all rows, and values level by level."""
+    """What is known of one block's invocations while they run.
+
+    Values by name: `whole` for all rows, `parts` level by level.
+    """
 
     group: Group
     staged: Staged
     parameters: list[Tensor]
     whole: dict[str, Any]
-    operands: dict[str, tuple[int, Table]]
-    """For each name of an operand: which invocation it comes from, and the table."""
+    tables: dict[str, Table] = field(default_factory=dict[str, Table])
+    """Where outputs are written to that callers wait for."""
     tangents: dict[str, Table] = field(default_factory=dict[str, Table])
     """For each name of a tangent that comes from a table of gradients: which."""
-    by_level: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])
-    rows_of: dict[Table, tuple[Tensor, list[Tensor]]] = field(default_factory=dict[Table, tuple[Tensor, list[Tensor]]])
-
-    @cached_property
-    def owed(self) -> list[tuple[Crossing, int, Table]]:
-        """The gradients that each invocation owes others: the value, which invocation it is, and the table."""
-        return [
-            (self.staged.crossings[gradient], *self.operands[name])
-            for name, gradient in zip(self.staged.inputs, self.staged.input_gradients, strict=True)
-            if gradient is not None and name in self.operands and self.operands[name][1] in self.staged.chained
-        ]
+    parts: dict[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
+    sizes: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    """How many rows there are at each level, by how many belong to an invocation."""
 
     @classmethod
     def of(cls, group: Group, staged: Staged, columns: Sequence[Tensor]) -> GroupRun:
         """Begin with the host values of all invocations."""
-        operands = group.block.operands
-        tables = [(operand.invocation, (operand.callee, operand.result)) for operand in operands]
-        named = dict(zip(staged.inputs, tables, strict=False))
-        hosts = dict(zip(staged.inputs[len(operands) :], columns, strict=True))
-        return cls(group, staged, group.block.parameters, hosts, named)
+        run = cls(group, staged, group.block.parameters, dict(zip(staged.hosts, columns, strict=True)))
+        run.tables = {staged.outputs[output]: table for output, table in staged.written.items()}
+        names = {staged.tangents[output]: table for output, table in staged.written.items()}
+        run.tangents = {name: table for name, table in names.items() if name is not None}
+        return run
 
     @property
     def rows(self) -> int:
@@ -73,6 +65,23 @@ class GroupRun:
     def function(self) -> str:
         """The function that they are calls of."""
         return self.group.block.function
+
+    def places(self, link: Link) -> tuple[int, ...]:
+        """Return which of the invocations that each made a link leads to."""
+        return tuple(self.group.block.operands[index].invocation for index in link.operands)
+
+    def split(self, whole: Tensor, dimension: int = 0, each: int = 1) -> Sequence[Tensor]:
+        """Return the rows of each level, `each` of an invocation."""
+        if each not in self.sizes:
+            self.sizes[each] = [segment.rows * each for segment in self.group.segments]
+        return torch.split_with_sizes(whole, self.sizes[each], dimension)
+
+    def views(self, table: Tensor) -> Sequence[Tensor]:
+        """Return the rows of each level in a table."""
+        first, last = self.group.bounds
+        if last - first == self.rows:
+            return self.split(table[first:last])
+        return [table[segment.table : segment.table + segment.rows] for segment in self.group.segments]
 
 
 class Run:
@@ -85,11 +94,6 @@ class Run:
         self._tables: dict[Table, Tensor] = {}
         self._gradients: dict[Table, Tensor] = {}
         self._requests: Sequence[Request] = ()
-        for run in groups:
-            for index, name in enumerate(run.staged.tangents):
-                table = self._table(run, index)
-                if name is not None and table in run.staged.chained:
-                    run.tangents[name] = table
 
     def _table(self, run: GroupRun, output: int) -> Table:
         """Return the table of a block's output."""
@@ -101,9 +105,8 @@ class Run:
         """Compute all invocations and return the requested tensors."""
         for run in self._groups:
             self._once(run, Stage.BEFORE)
-        for level in self._schedule.levels:
-            for segment in level:
-                self._forward_level(self._groups[segment.group], segment)
+            self._fill_tables(run)
+        self._levels(Stage.LEVEL, self._schedule.levels)
         for run in self._groups:
             self._once(run, Stage.AFTER)
         self._requests = requests
@@ -112,42 +115,83 @@ class Run:
     def _once(self, run: GroupRun, stage: Stage) -> None:
         """Run a stage for all invocations of a block."""
         code = run.staged.stages[stage]
-        if code.given:
-            taken = [self._whole(run, crossing) for crossing in code.taken]
+        for crossing in code.kept:
+            run.whole[crossing.name] = self._room_for_all(run, crossing)
+        if code.given or code.kept:
+            taken = [self._whole(run, crossing) for _, crossing in code.arguments]
             run.whole.update(zip(code.given, code.run(run.rows, *taken), strict=True))
 
-    def _level(self, run: GroupRun, segment: Segment, stage: Stage) -> None:
-        """Run a stage for the invocations of one level."""
-        code = run.staged.stages[stage]
-        if code.given:
-            taken = [self._part(run, crossing, segment) for crossing in code.taken]
-            for name, held in zip(code.given, code.run(segment.rows, *taken), strict=True):
-                self._keep(run, name, segment, held)
+    def _levels(self, stage: Stage, levels: Iterable[list[Segment]]) -> None:
+        """Run a stage level by level."""
+        bound = [self._bound(run, run.staged.stages[stage]) for run in self._groups]
+        for level in levels:
+            for segment in level:
+                code, arguments = bound[segment.group]
+                if code is not None:
+                    returned = code.run(segment.rows, *arguments[segment.number])
+                    for name, held in zip(code.given, returned, strict=True):
+                        self._groups[segment.group].parts[name][segment.number] = held  # type: ignore[index]
 
-    def _forward_level(self, run: GroupRun, segment: Segment) -> None:
-        self._level(run, segment, Stage.LEVEL)
-        for output, table in run.staged.written:
-            held = self._part(run, run.staged.crossings[run.staged.outputs[output]], segment)
-            self._rows(run, table, self._tables, held)[segment.number].copy_(held)
+    def _bound(self, run: GroupRun, code: StageCode) -> tuple[StageCode | None, Sequence[Any]]:
+        """Return a stage with what it takes and writes at each level; None if it has nothing to do."""
+        if not (code.kept or code.given or any(role is Role.GIVE for role, _ in code.arguments)):
+            return None, ()
+        for crossing in code.kept:
+            self._make_room(run, crossing)
+        for name in code.given:
+            run.parts[name] = [None] * len(run.group.segments)
+        columns = [self._column(run, role, what) for role, what in code.arguments]
+        return code, list(zip(*columns, strict=True)) or [()] * len(run.group.segments)
 
-    def _rows(self, run: GroupRun, table: Table, tables: dict[Table, Tensor], like: Tensor) -> Sequence[Tensor]:
-        """Return the rows of a table that belong to a block, level by level; make the table if there is none yet."""
-        rows = run.rows_of.get(table)
-        if rows is None or rows[0] is not tables.get(table):
-            whole = tables.get(table)
-            if whole is None:
-                whole = tables[table] = like.new_empty((self._schedule.sizes[table[0]], *like.shape[1:]))
-            views = [whole[segment.table : segment.table + segment.rows] for segment in run.group.segments]
-            rows = run.rows_of[table] = whole, views
-        return rows[1]
+    def _column(self, run: GroupRun, role: Role, what: Any) -> Sequence[Any]:
+        """Return what a parameter of a stage is at each level."""
+        match role:
+            case Role.PART:
+                return self._parts(run, what)
+            case Role.CHILDREN:
+                return self._schedule.children(run.group, run.places(what))[1]
+            case Role.TABLE:
+                same: Any = self._tables[what.table]
+            case Role.GRADIENTS:
+                same = self._gradients[what.table]
+            case Role.GIVE:
+                once = self._schedule.taken_once(what.table[0])
+                same = Tensor.index_copy_ if once else Tensor.index_add_
+        return [same] * len(run.group.segments)
 
-    # Values, for all rows of a block or for those of one level.
+    def _make_room(self, run: GroupRun, crossing: Crossing) -> None:
+        """Make the rows that a value is written to level by level."""
+        if crossing.name in run.tables:
+            run.parts[crossing.name] = run.views(self._room_in_table(run, crossing))
+            return
+        shape = run.rows * crossing.each, *crossing.shape
+        whole = run.whole[crossing.name] = torch.empty(shape, dtype=crossing.dtype, device=crossing.device)
+        run.parts[crossing.name] = run.split(whole, 0, crossing.each)
 
-    def _keep(self, run: GroupRun, name: str, segment: Segment, held: Any) -> None:
-        parts = run.by_level.get(name)
-        if parts is None:
-            parts = run.by_level[name] = [None] * len(run.group.segments)
-        parts[segment.number] = held
+    def _room_in_table(self, run: GroupRun, crossing: Crossing) -> Tensor:
+        table = run.tables[crossing.name]
+        if table not in self._tables:
+            shape = self._schedule.sizes[table[0]], *crossing.shape
+            self._tables[table] = torch.empty(shape, dtype=crossing.dtype, device=crossing.device)
+        return self._tables[table]
+
+    def _room_for_all(self, run: GroupRun, crossing: Crossing) -> Tensor:
+        """Return where a stage that runs once writes a result: rows of its table, if they are neighbours."""
+        table = self._room_in_table(run, crossing)
+        first, last = run.group.bounds
+        return table[first:last] if last - first == run.rows else torch.empty_like(table[: run.rows])
+
+    def _fill_tables(self, run: GroupRun) -> None:
+        """Write those results to tables that do not depend on children, and are not there yet."""
+        for name in run.tables:
+            crossing = run.staged.crossings[name]
+            table = self._room_in_table(run, crossing)
+            first, last = run.group.bounds
+            apart = last - first != run.rows
+            if crossing.source is not Stage.LEVEL and (apart or crossing not in run.staged.stages[Stage.BEFORE].kept):
+                table.index_copy_(0, self._schedule.index(run.group.rows), self._whole(run, crossing))
+
+    # Values, for all rows of a block or level by level.
 
     def _whole(self, run: GroupRun, crossing: Crossing) -> Any:
         held = run.whole.get(crossing.name)
@@ -156,17 +200,18 @@ class Run:
         return held
 
     def _joined(self, run: GroupRun, crossing: Crossing) -> Any:
-        parts = run.by_level.get(crossing.name)
-        if parts is not None and parts[0] is not None:
-            if len(parts) == 1:
-                return parts[0]
-            if crossing.dimension is not None:
-                return torch.cat(parts, crossing.dimension)
-            return sum(parts) if crossing.source is Stage.BACK else parts[0]
-        if crossing.name in run.tangents:
-            return self._of_rows(self._gradients[run.tangents[crossing.name]], run.group)
-        place, table = run.operands[crossing.name]
-        return self._tables[table].index_select(0, self._schedule.children_of_all(run.group, place))
+        name = crossing.name
+        if name in run.tables:
+            return self._of_rows(self._tables[run.tables[name]], run.group)
+        if name in run.tangents:
+            return self._of_rows(self._gradients[run.tangents[name]], run.group)
+        if name in run.staged.children:
+            link = run.staged.children[name]
+            return self._tables[link.table].index_select(0, self._schedule.children(run.group, run.places(link))[0])
+        parts = run.parts[name]
+        if crossing.dimension is not None:
+            return torch.cat(list(parts), crossing.dimension)
+        return sum(parts) if crossing.source is Stage.BACK else parts[0]
 
     def _of_rows(self, table: Tensor, group: Group) -> Tensor:
         first, last = group.bounds
@@ -174,31 +219,17 @@ class Run:
             return table[first:last]
         return table.index_select(0, self._schedule.index(group.rows))
 
-    def _part(self, run: GroupRun, crossing: Crossing, segment: Segment) -> Any:
-        name = crossing.name
-        parts = run.by_level.get(name)
-        if parts is not None and parts[segment.number] is not None:
-            return parts[segment.number]
-        if name in run.tangents:
-            gradients = self._gradients[run.tangents[name]]
-            return self._rows(run, run.tangents[name], self._gradients, gradients)[segment.number]
-        if name in run.operands:
-            self._gather(run, run.operands[name][1], segment)
-            return run.by_level[name][segment.number]
-        held = self._whole(run, crossing)
-        if crossing.dimension is None:
-            return held
-        sizes = [part.rows * crossing.each for part in run.group.segments]
-        run.by_level[name] = list(torch.split_with_sizes(held, sizes, crossing.dimension))
-        return run.by_level[name][segment.number]
-
-    def _gather(self, run: GroupRun, table: Table, segment: Segment) -> None:
-        """Take the rows of all children of one level that come from a table, at once."""
-        named = [(name, place) for name, (place, other) in run.operands.items() if other == table]
-        index = self._schedule.children(run.group, tuple(place for _, place in named))[segment.number]
-        held = self._tables[table].index_select(0, index)
-        for (name, _), part in zip(named, torch.split_with_sizes(held, [segment.rows] * len(named)), strict=True):
-            self._keep(run, name, segment, part)
+    def _parts(self, run: GroupRun, crossing: Crossing) -> Sequence[Any]:
+        parts = run.parts.get(crossing.name)
+        if parts is None:
+            if crossing.name in run.tangents:
+                parts = run.views(self._gradients[run.tangents[crossing.name]])
+            elif crossing.dimension is None:
+                parts = [self._whole(run, crossing)] * len(run.group.segments)
+            else:
+                parts = run.split(self._whole(run, crossing), crossing.dimension, crossing.each)
+            run.parts[crossing.name] = parts
+        return parts
 
     # What leaves the batch.
 
@@ -222,8 +253,9 @@ class Run:
             else:
                 whole = self._whole(run, run.staged.crossings[run.staged.outputs[output]])
                 held = whole.index_select(0, self._schedule.index(self._schedule.place[tasks]))
-            for number, row in zip(numbers, held.unbind(), strict=True):
-                found[number] = row.clone()
+            rows: Any = torch.unbind_copy(held)
+            for number, row in zip(numbers, rows, strict=True):
+                found[number] = row
         return found
 
     def _terms(self, table: Table) -> list[tuple[Group, Tensor]]:
@@ -244,9 +276,7 @@ class Run:
         self._take_tangents(gradients)
         for run in self._groups:
             self._once(run, Stage.TURN)
-        for level in reversed(self._schedule.levels):
-            for segment in level:
-                self._backward_level(self._groups[segment.group], segment)
+        self._levels(Stage.BACK, reversed(self._schedule.levels))
         found: dict[int, Tensor] = {}
         for run in self._groups:
             self._once(run, Stage.FINISH)
@@ -260,16 +290,15 @@ class Run:
     def host_gradient(self, group: int, host: int) -> Tensor | None:
         """Return the gradient of a column of host tensors."""
         run = self._groups[group]
-        name = run.staged.input_gradients[len(run.group.block.operands) + host]
+        name = run.staged.host_gradients[host]
         return None if name is None else self._whole(run, run.staged.crossings[name])
 
     def _take_tangents(self, gradients: Sequence[Tensor | None]) -> None:
         """Put the gradients of what left the batch where the stages take them from."""
         for run in self._groups:
-            for name in _backward_names(run.staged):
+            for name in run.staged.backward:
                 run.whole.pop(name, None)
-                run.by_level.pop(name, None)
-            run.rows_of.clear()
+                run.parts.pop(name, None)
         self._gradients = {table: torch.zeros_like(held) for table, held in self._tables.items()}
         outside: dict[Table, Any] = {}
         for (group, output), numbers in self._places(self._requests).items():
@@ -303,23 +332,3 @@ class Run:
 
     def _no_gradient(self, run: GroupRun, output: int) -> Tensor:
         return torch.zeros_like(self._whole(run, run.staged.crossings[run.staged.outputs[output]]))
-
-    def _backward_level(self, run: GroupRun, segment: Segment) -> None:
-        self._level(run, segment, Stage.BACK)
-        for crossing, place, table in run.owed:
-            owed = self._part(run, crossing, segment)
-            children = self._schedule.children(run.group, (place,))[segment.number]
-            if owed.untyped_storage().data_ptr() == self._gradients[table].untyped_storage().data_ptr():
-                owed = owed.clone()  # a gradient handed on as it is: rows of the table that is written to
-            if self._schedule.taken_once(table[0]):
-                self._gradients[table].index_copy_(0, children, owed)
-            else:
-                self._gradients[table].index_add_(0, children, owed)
-
-
-def _backward_names(staged: Staged) -> set[str]:
-    """Return the names of values that only backward makes."""
-    names = {name for name in staged.tangents if name is not None}
-    for stage in (Stage.TURN, Stage.BACK, Stage.FINISH):
-        names.update(staged.stages[stage].given)
-    return names

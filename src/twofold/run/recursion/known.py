@@ -111,7 +111,7 @@ def split_off(piles: Iterable[Pile], chosen: set[int]) -> list[Pile]:
     """Take invocations out of piles; return them in piles of their own."""
     taken: list[Pile] = []
     for pile in piles:
-        parts = Pile(pile.block), Pile(pile.block)
+        parts = Pile(pile.block, pile.steering), Pile(pile.block, pile.steering)
         for task, made, hosts in zip(pile.tasks, pile.invocations, pile.hosts, strict=True):
             part = parts[task in chosen]
             part.tasks.append(task)
@@ -137,13 +137,15 @@ def make_part(piles: Sequence[Pile], known: dict[int, Known], given_blocks: dict
     renumbered: list[Pile] = []
     for pile in given:
         renumbered.append(
-            GivenPile(pile.block, [local[n] for n in pile.tasks], pile.invocations, pile.hosts, pile.known)
+            GivenPile(
+                pile.block, pile.steering, [local[n] for n in pile.tasks], pile.invocations, pile.hosts, pile.known
+            )
         )
     for pile in piles:
         invocations: list[Sequence[int]] = [
             [local.get(child, 0) for child in children] for children in pile.invocations
         ]
-        renumbered.append(Pile(pile.block, [local[n] for n in pile.tasks], invocations, pile.hosts))
+        renumbered.append(Pile(pile.block, pile.steering, [local[n] for n in pile.tasks], invocations, pile.hosts))
     return Part(renumbered, levels, local)
 
 
@@ -163,7 +165,7 @@ def _given(piles: Sequence[Pile], known: dict[int, Known], given_blocks: dict[An
         block = given_blocks.setdefault(key, RunnableBlock(_given_block(*key)))
         tasks = list(numbers)
         made_piles.append(
-            GivenPile(block, tasks, [()] * len(tasks), [()] * len(tasks), [known[number] for number in tasks])
+            GivenPile(block, (), tasks, [()] * len(tasks), [()] * len(tasks), [known[number] for number in tasks])
         )
     return made_piles
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from .blocks import RunnableBlock
-from .execute import Table
-from .schedule import upload
-from .stages import Cut, Staged, own_term
+from .factors import Table
+from .parts import Staged
+from .schedule import integers, upload
+from .stages import Cut, own_term
 from .vectorize import Joint, NotBatchableError, Sample, trace_joint
 
 
@@ -55,9 +56,9 @@ def column(values: Sequence[Any], device: torch.device) -> Tensor:
     if len(kinds) > 1 or not kinds <= {int, float, bool, list, tuple}:
         raise NotBatchableError(f"host values of types {', '.join(sorted(kind.__name__ for kind in kinds))}")
     try:
-        held = np.array(values)
-    except ValueError as error:
-        raise NotBatchableError(f"host values of several shapes: {error}") from None
+        held = integers(values) if kinds == {int} else np.array(values)
+    except (ValueError, OverflowError) as error:
+        raise NotBatchableError(f"host values of several shapes, or too large: {error}") from None
     if held.dtype.kind not in "bif":
         raise NotBatchableError(f"host values of dtype {held.dtype}")
     return upload(held, device)
@@ -97,7 +98,7 @@ def stage_group(block: RunnableBlock, columns: Sequence[Tensor], tables: Tables,
 def _trace(block: RunnableBlock, samples: list[Sample], tables: Tables, differentiate: bool) -> Joint:
     expected = [tables.samples.get((block.function, result)) for result in block.block.results]
     joint = trace_joint(block.block.body, samples, expected, block.parameters if differentiate else [])
-    for sample, output in zip(expected, joint.outputs, strict=True):
+    for sample, output in zip(expected, joint.wanted[0], strict=True):
         value = output.meta["val"]
         if sample is not None and (tuple(value.shape[1:]), value.dtype, value.device) != sample[:3]:
             raise NotBatchableError(f"results of several shapes or dtypes: {sample.shape} and {tuple(value.shape[1:])}")
@@ -111,6 +112,7 @@ def _cut(block: RunnableBlock, joint: Joint, tables: Tables, differentiate: bool
     for table in places:
         if table in tables.summed and table not in results:
             raise SumBroken(table)
+    joint = joint.copy()
     terms: dict[int, fx.Node] = {}
     for output, table in enumerate(results):
         if table in tables.summed:
@@ -118,12 +120,11 @@ def _cut(block: RunnableBlock, joint: Joint, tables: Tables, differentiate: bool
             if term is None:
                 raise SumBroken(table)
             terms[output] = term
-    chained = {output: table for output, table in enumerate(results) if table in tables.chained}
     cut = Cut(
         joint,
-        frozenset(index for index, place in enumerate(places) if place in tables.chained),
-        frozenset(chained),
+        {index: place for index, place in enumerate(places) if place in tables.chained},
+        {output: table for output, table in enumerate(results) if table in tables.chained},
         terms,
         frozenset(index for index, place in enumerate(places) if place in tables.summed),
     )
-    return cut.staged(differentiate, tables.chained, list(chained.values()))
+    return cut.staged(differentiate, tables.chained)

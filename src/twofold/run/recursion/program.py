@@ -116,7 +116,7 @@ class Program:
         Raises what the planners raise, and `AbandonedError` where calls that are planned side by side raise anything:
         none of them has had an effect then.
         """
-        self.batch.begin(self.versions())
+        self.batch.begin()
         mark = self.batch.mark()
         try:
             if self.slices.fetches:

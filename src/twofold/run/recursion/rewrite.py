@@ -12,8 +12,8 @@ aten = torch.ops.aten
 _UNARY = (aten.sigmoid.default, aten.tanh.default, aten.relu.default)
 
 
-def fuse_products(graph: fx.Graph) -> None:
-    """Turn `x + a * b` into one `addcmul` where nothing else takes the product."""
+def fuse_products(graph: fx.Graph, rows: dict[fx.Node, tuple[int, int]] | None = None) -> None:
+    """Turn `x + a * b` into one `addcmul` where nothing else takes the product. What is known of `rows` is kept."""
     for node in list(graph.nodes):
         if node.target is not aten.add.Tensor or node.kwargs:
             continue
@@ -21,6 +21,8 @@ def fuse_products(graph: fx.Graph) -> None:
             if _is_sole_product(product) and isinstance(other, fx.Node) and _alike(node, product, other, *product.args):
                 with graph.inserting_before(node):
                     fused = graph.call_function(aten.addcmul.default, (other, *product.args))
+                if rows is not None and node in rows:
+                    rows[fused] = rows[node]
                 _replace(graph, node, fused)
                 break
     graph.eliminate_dead_code()

@@ -8,9 +8,10 @@ neighbouring rows of a table of the function's results.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,16 +25,19 @@ Index = NDArray[np.int64]
 
 @dataclass(slots=True, eq=False)
 class Pile:
-    """The invocations of one block that wait: their numbers, the invocations they made, their host values."""
+    """The invocations of one block that wait: their numbers, the invocations they made, their host values.
+
+    `steering` are the block's `constant_hosts`.
+    """
 
     block: RunnableBlock
+    steering: tuple[int, ...]
     tasks: list[int] = field(default_factory=list[int])
     invocations: list[Sequence[int]] = field(default_factory=list[Sequence[int]])
     hosts: list[Sequence[Any]] = field(default_factory=list[Sequence[Any]])
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """The invocations of one block at one level: its rows `start` to `stop`, from row `table` of the tables."""
 
     group: int
@@ -56,7 +60,7 @@ class Group:
     segments: list[Segment] = field(default_factory=list[Segment])
     child_rows: Index = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
     """i64[invocations made, invocations]: the rows of the invocations that each one made."""
-    children: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict[tuple[int, ...], list[Tensor]])
+    children: dict[tuple[int, ...], Any] = field(default_factory=dict[tuple[int, ...], Any])
 
     @property
     def block(self) -> RunnableBlock:
@@ -91,19 +95,14 @@ class Schedule:
         """Return indices as a tensor on the device."""
         return upload(numbers, self.device)
 
-    def children(self, group: Group, places: tuple[int, ...]) -> list[Tensor]:
-        """Return, level by level, the rows of some of the invocations that a block's made: one after the other."""
+    def children(self, group: Group, places: tuple[int, ...]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the rows of some of the invocations that each of a block's made, in turn: of all, and by level."""
         known = group.children.get(places)
         if known is None:
-            rows = group.child_rows[list(places)]
-            parts = [rows[:, segment.start : segment.stop].reshape(-1) for segment in group.segments]
-            whole = self.index(np.concatenate(parts))
-            known = group.children[places] = list(whole.split([len(part) for part in parts]))
+            whole = self.index(np.ascontiguousarray(group.child_rows[list(places)].T).reshape(-1))
+            sizes = [segment.rows * len(places) for segment in group.segments]
+            known = group.children[places] = whole, whole.split_with_sizes(sizes)
         return known
-
-    def children_of_all(self, group: Group, place: int) -> Tensor:
-        """Return the rows of one of the invocations that each of a block's made."""
-        return self.index(np.ascontiguousarray(group.child_rows[place]))
 
     def taken_once(self, function: str) -> bool:
         """Say whether each result of a function goes to one place at most: an invocation, or out of the batch."""
@@ -118,7 +117,7 @@ class Schedule:
             outside = [
                 task for task in set(self.requested) if self.groups[self.group_of[task]].block.function == function
             ]
-            uses = np.concatenate([*parts, self.row[np.array(outside, dtype=np.int64)]])
+            uses = np.concatenate([*parts, self.row[integers(outside)]])
             known = self._once[function] = len(uses) == 0 or int(np.bincount(uses).max()) <= 1
         return known
 
@@ -127,24 +126,27 @@ def make_schedule(
     piles: Sequence[Pile], levels: Sequence[int], device: torch.device, requested: Sequence[int], shared: bool
 ) -> Schedule:
     """Put invocations in order. `levels` has the level of each, by its number."""
-    level = np.array(levels, dtype=np.int64)
+    level = integers(levels)
     functions = sorted({pile.block.function for pile in piles})
-    members = [np.array(pile.tasks, dtype=np.int64) for pile in piles]
-    group_of, function, place, row = (np.empty(len(level), dtype=np.int64) for _ in range(4))
-    for index, (pile, numbers) in enumerate(zip(piles, members, strict=True)):
+    group_of, function, position, place, row = (np.empty(len(level), dtype=np.int64) for _ in range(5))
+    for index, pile in enumerate(piles):
+        numbers = integers(pile.tasks)
         group_of[numbers] = index
         function[numbers] = functions.index(pile.block.function)
-    order = np.lexsort((group_of, level, function))
+        position[numbers] = np.arange(len(numbers))
+    key = (function * (int(level.max()) + 1) + level) * len(piles) + group_of
+    # Small numbers are sorted by radix, in a tenth of the time.
+    order = np.argsort(key.astype(np.min_scalar_type(int(key.max()))), kind="stable")
     counts = np.bincount(function, minlength=len(functions))
     row[order] = np.arange(len(level))
     row -= (np.cumsum(counts) - counts)[function]
     sizes = dict(zip(functions, counts.tolist(), strict=True))
     steps: list[list[Segment]] = [[] for _ in range(int(level.max()) + 1)]
     schedule = Schedule(device, [], steps, row, group_of, place, sizes, list(requested), shared)
-    for index, (pile, numbers) in enumerate(zip(piles, members, strict=True)):
-        by_level = np.argsort(level[numbers], kind="stable")
-        place[numbers[by_level]] = np.arange(len(numbers))
-        group = Group(pile, numbers[by_level], row[numbers[by_level]], by_level)
+    for index, pile in enumerate(piles):
+        numbers = order[group_of[order] == index]
+        place[numbers] = np.arange(len(numbers))
+        group = Group(pile, numbers, row[numbers], position[numbers])
         schedule.groups.append(group)
         _cut(schedule, index, group, level)
     _children(schedule)
@@ -154,19 +156,26 @@ def make_schedule(
 def _cut(schedule: Schedule, index: int, group: Group, level: Index) -> None:
     """Cut a block's invocations by level."""
     levels = level[group.tasks]
-    bounds = [0, *(np.flatnonzero(np.diff(levels)) + 1).tolist(), len(levels)]
+    bounds = [0, *(np.flatnonzero(levels[1:] != levels[:-1]) + 1).tolist(), len(levels)]
+    held, rows = levels[bounds[:-1]].tolist(), group.rows[bounds[:-1]].tolist()
     for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        segment = Segment(index, number, start, stop, int(group.rows[start]), stop - start)
+        segment = Segment(index, number, start, stop, rows[number], stop - start)
         group.segments.append(segment)
-        schedule.levels[int(levels[start])].append(segment)
+        schedule.levels[held[number]].append(segment)
 
 
 def _children(schedule: Schedule) -> None:
     """Look up the rows of the invocations that each one made."""
     for group in schedule.groups:
         if group.block.callees:
-            numbers = np.array(group.pile.invocations, dtype=np.int64)[group.order]
+            made = integers(itertools.chain.from_iterable(group.pile.invocations))
+            numbers = made.reshape(-1, len(group.block.callees))[group.order]
             group.child_rows = schedule.row[numbers].T
+
+
+def integers(numbers: Iterable[int]) -> Index:
+    """Make an array of Python integers, several times faster than NumPy does. Raises OverflowError."""
+    return np.frombuffer(array("q", numbers), dtype=np.int64)
 
 
 def upload(numbers: Index, device: torch.device) -> Tensor:

@@ -67,7 +67,7 @@ class Sums:
     def _children(self, segment: Segment) -> list[Tensor]:
         """Return the rows of those children whose sums are part of an invocation's, one tensor an operand."""
         group = self._schedule.groups[segment.group]
-        return [self._schedule.children(group, (place,))[segment.number] for place in self._places(group)]
+        return [self._schedule.children(group, (place,))[1][segment.number] for place in self._places(group)]
 
     def _places(self, group: Group) -> list[int]:
         if group.block.function != self._table[0]:

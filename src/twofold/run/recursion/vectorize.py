@@ -84,20 +84,58 @@ class Sample(NamedTuple):
 
 @dataclass
 class Joint:
-    """The joint graph of a block, with the role of each placeholder and output.
-
-    Names are those of nodes. `parameters` are the tensors from outside that gradients are asked for.
-    """
+    """The joint graph of a block, with the role of each placeholder. What it returns are three lists; see `wanted`."""
 
     graph: fx.Graph
     constants: dict[str, Tensor]
     inputs: list[fx.Node]
     tangents: list[fx.Node | None]
-    outputs: list[fx.Node]
-    input_gradients: list[fx.Node | None]
-    parameter_gradients: list[fx.Node | None]
     rows: dict[fx.Node, tuple[int, int]]
     """For nodes with a batch dimension: which one it is, and how many rows in it belong to an invocation."""
+
+    @property
+    def wanted(self) -> tuple[list[fx.Node], list[fx.Node | None], list[fx.Node | None]]:
+        """The outputs, the gradients of inputs, and those of the tensors from outside that they are asked for."""
+        return tuple(list(nodes) for nodes in self.end.args[0])  # type: ignore[return-value, union-attr]
+
+    def want(
+        self, outputs: list[fx.Node], input_gradients: list[fx.Node | None], parameter_gradients: list[fx.Node | None]
+    ) -> None:
+        """Have the graph return these, and compute nothing else."""
+        self.end.args = ([outputs, input_gradients, parameter_gradients],)  # type: ignore[assignment]
+        self.graph.eliminate_dead_code()
+
+    @property
+    def end(self) -> fx.Node:
+        """The last node, which returns what is wanted."""
+        return next(iter(reversed(self.graph.nodes)))
+
+    def copy(self) -> Joint:
+        """Return one with a graph of its own, which may be rewritten."""
+        graph = fx.Graph()
+        new: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.graph, new))
+        inputs = [new[node] for node in self.inputs]
+        tangents = [None if node is None else new[node] for node in self.tangents]
+        rows = {new[node]: place for node, place in self.rows.items() if node in new}
+        return Joint(graph, self.constants, inputs, tangents, rows)
+
+    def call(self, before: fx.Node, target: Any, arguments: tuple[Any, ...], shape: Sequence[int]) -> fx.Node:
+        """Add a call with rows in its first dimension before a node. `shape` is that for the number of rows traced."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, arguments)
+        return self._noted(node, node.all_input_nodes[0], shape)
+
+    def placeholder(self, name: str, like: fx.Node, shape: Sequence[int]) -> fx.Node:
+        """Add an input with rows in its first dimension, of the dtype and device of another."""
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.placeholder(name)
+        return self._noted(node, like, shape)
+
+    def _noted(self, node: fx.Node, like: fx.Node, shape: Sequence[int]) -> fx.Node:
+        node.meta["val"] = like.meta["val"].new_empty(shape)
+        self.rows[node] = 0, shape[0] // SIZES[0]
+        return node
 
 
 def run_body(body: SubGraph, values: Sequence[Any], targets: Mapping[Any, Any]) -> list[Any]:
@@ -287,7 +325,7 @@ def _unify(small: _Traced, large: _Traced) -> Joint:
     constants: dict[str, Tensor] = {}
     for a, b in zip(left, right, strict=True):
         if a.op == "get_attr":
-            constants[a.name] = getattr(small.module, str(a.target))
+            constants[str(a.target)] = getattr(small.module, str(a.target))
         elif a.op == "call_function":
             a.args = _scaled(a.args, b.args)
             a.kwargs = _scaled(a.kwargs, b.kwargs)
@@ -299,19 +337,22 @@ def _unify(small: _Traced, large: _Traced) -> Joint:
 
 def _roles(traced: _Traced, nodes: list[fx.Node], rows: Any, constants: dict[str, Tensor]) -> Joint:
     placeholders = [node for node in nodes if node.op == "placeholder"]
-    held = list(next(node for node in nodes if node.op == "output").args[0])  # type: ignore[arg-type]
-    outputs, gradients = held[: traced.outputs], iter(held[traced.outputs :])
+    held = list(nodes[-1].args[0])  # type: ignore[arg-type]
+    gradients = iter(held[traced.outputs :])
     tangents = placeholders[traced.inputs :]
-    return Joint(
+    joint = Joint(
         traced.module.graph,
         constants,
         placeholders[: traced.inputs],
         [node if index in traced.differentiable else None for index, node in enumerate(tangents)],
-        outputs,
-        [next(gradients) if given else None for given in traced.input_gradients],
-        [next(gradients) if given else None for given in traced.parameter_gradients],
         rows,
     )
+    joint.want(
+        held[: traced.outputs],  # type: ignore[arg-type]
+        [next(gradients) if given else None for given in traced.input_gradients],  # type: ignore[misc]
+        [next(gradients) if given else None for given in traced.parameter_gradients],  # type: ignore[misc]
+    )
+    return joint
 
 
 def _scaled(a: Any, b: Any) -> Any:
@@ -381,6 +422,8 @@ def _simplify(graph: fx.Graph) -> None:
         node.target = _out_of_place(node.target) if _sole_use_of_new(node) else node.target
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise NotBatchableError(f"{node.target} writes in place")
+        if node.target is aten.as_strided.default:
+            raise NotBatchableError("as_strided depends on how a tensor lies in memory")
         if node.target is aten._unsafe_view.default:
             node.target = aten.view.default
         source = _same_as(node) or _with_bias(graph, node)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
-from .execute import Table
+from .factors import Table
 
 
 class Want(NamedTuple):

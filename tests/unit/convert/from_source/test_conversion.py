@@ -38,7 +38,7 @@ total = Recursive(total)
 
 
 def test_a_choice_and_two_invocations() -> None:
-    apply = "twofold.convert.from_source.targets:apply"
+    apply = "twofold.convert.targets:apply"
     assert text_of(encode) == (
         "graph recursion(%weights: object, %layer: object):\n"
         "  return\n\n"

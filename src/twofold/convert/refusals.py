@@ -19,6 +19,14 @@ HINTS: dict[str, str] = {
     "random": "Switch the module to evaluation mode; batched execution cannot draw eager's random numbers in order.",
     "inconsistent_results": "Return as many results from every return statement.",
     "result_structure": "Return tensors, and tuples, dicts and dataclasses of these written in the return statement.",
+    "no_graph": "Nothing to do: the path has no graph yet, or is another than the one recorded.",
+    "foreign_function": "Move the call out of the function, or hand in what it returns as an argument.",
+    "unsupported_object": "Use plain attributes, lists, dictionaries and dataclasses for what the function touches.",
+    "raises": "Nothing to do: calls that raise run as plain Python.",
+    "late_decision": "Decide before the last optimizer step, or with torch.where.",
+    "several_units": "Decorate a function that holds one training step.",
+    "too_deep": "Decorate the recursive function with twofold.subgraph.",
+    "converter_failed": "Nothing to do. Please report this with the program that caused it.",
 }
 """For each code, what to write instead."""
 

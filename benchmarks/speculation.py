@@ -1,0 +1,144 @@
+"""Speculation against what else there is: eager, the best of torch.compile, co-execution, a whole-step graph by hand.
+
+    python -m benchmarks.speculation [--device cpu|cuda] [--size full|small] [--rounds N] [--json PATH] [programs…]
+
+The programs are those of Jeong et al. (2019), "JANUS"; others of the corpus can be named. Contenders run interleaved,
+as in `benchmarks.steps`, which measures them. Below a program's rows is why Twofold did not convert it or ran eagerly.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders import CAPTURABLE
+from benchmarks.environment import describe_environment, describe_options
+from benchmarks.programs import JANUS_NAMES
+from benchmarks.steps import Result, check_programs, measure_in_child
+
+COMPILED = ("compile", "compile_reduce_overhead")
+ENGINES = ("twofold_coexecution", "twofold_speculation")
+BY_HAND = "cuda_graph_by_hand"
+SHOWN_REASONS = 3
+REASON_CHARACTERS = 150
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parse(arguments)
+    document: dict[str, Any] = {
+        "environment": describe_environment(),
+        "options": describe_options(options),
+        "programs": {},
+    }
+    for name in options.programs or JANUS_NAMES:
+        options.contenders = contenders_of(name, options.device)
+        results = document["programs"][name] = measure_in_child(name, options)
+        print(format_table(name, results), flush=True)
+        document["summary"] = summarise(document["programs"])
+        if options.json:
+            Path(options.json).write_text(json.dumps(document, indent=1))
+    print(format_summary(document["summary"]))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.speculation")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", choices=["full", "small"], default="full")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--timeout", type=float, default=1200, help="seconds a program may take")
+    parser.add_argument("--json", help="write machine, versions, options and all rounds to this file")
+    parser.add_argument("programs", nargs="*", metavar="program", help="default: the programs of the paper")
+    options = parser.parse_args(arguments)
+    check_programs(parser, options.programs)
+    return options
+
+
+def contenders_of(program: str, device: str) -> list[str]:
+    """Return all contenders, the graph captured by hand where a step is one fixed sequence of kernels."""
+    by_hand = [BY_HAND] if device == "cuda" and program in CAPTURABLE else []
+    return ["eager", *COMPILED, *ENGINES, *by_hand]
+
+
+def summarise(programs: dict[str, dict[str, Result]]) -> dict[str, dict[str, float]]:
+    """Return each engine's geometric means over the programs measured: speedups over eager and the best compile."""
+    summary: dict[str, dict[str, float]] = {}
+    for engine in ENGINES:
+        rows = [speedups(results) for results in programs.values()]
+        for baseline in ("eager", "compile"):
+            ratios = [row[engine][baseline] for row in rows if baseline in row.get(engine, {})]
+            if ratios:
+                summary.setdefault(engine, {})[f"x {baseline}"] = math.exp(
+                    math.fsum(map(math.log, ratios)) / len(ratios)
+                )
+                summary[engine][f"programs with {baseline}"] = len(ratios)
+    return summary
+
+
+def speedups(results: dict[str, Result]) -> dict[str, dict[str, float]]:
+    """Return by contender how much faster it is than eager and than the best compile; above 1 is faster."""
+    measured = {name: result["median_ms"] for name, result in results.items() if "median_ms" in result}
+    compiled = [measured[name] for name in COMPILED if name in measured]
+    baselines = {"compile": min(compiled)} if compiled else {}
+    if "eager" in measured:
+        baselines["eager"] = measured["eager"]
+    return {
+        name: {baseline: other / milliseconds for baseline, other in baselines.items()}
+        for name, milliseconds in measured.items()
+    }
+
+
+def format_table(program: str, results: dict[str, Result]) -> str:
+    """One row a contender, and the reasons of Twofold's engines."""
+    header = f"{program:<27}{'ms/step':>10}{'quartiles':>18}{'x eager':>9}{'x compile':>11}"
+    lines = [f"{header}{'host, us':>10}{'calls in graphs':>17}  engine"]
+    ratios = speedups(results)
+    for name, result in results.items():
+        if name not in ratios:
+            lines.append(f"  {name:<25}{result.get('error', 'not measured')}")
+            continue
+        spread = "{:.3f}-{:.3f}".format(*result["quartiles_ms"])
+        over = [
+            f"{ratios[name][baseline]:.2f}" if baseline in ratios[name] else "" for baseline in ("eager", "compile")
+        ]
+        host = "" if result["host_us"] is None else f"{result['host_us']:.0f}"
+        lines.append(
+            f"  {name:<25}{result['median_ms']:>10.3f}{spread:>18}{over[0]:>9}{over[1]:>11}"
+            f"{host:>10}{_share(result['report']):>17}  {result['report']['engine'] if result['report'] else ''}"
+        )
+    for engine in ENGINES:
+        lines += _reasons(engine, results.get(engine, {}).get("report"))
+    return "\n".join(lines) + "\n"
+
+
+def _share(report: Result | None) -> str:
+    """The share of units, nearly always calls, that ran as graphs."""
+    return f"{report['graph_iterations'] / report['iterations']:.1%}" if report and report["iterations"] else ""
+
+
+def _reasons(engine: str, report: Result | None) -> list[str]:
+    if report is None:
+        return []
+    lines = []
+    for kind in ("refusals", "fallbacks"):
+        for entry in report[kind][:SHOWN_REASONS]:
+            where = f" ({entry['origin']})" if entry["origin"] else ""
+            lines.append(
+                f"    {engine}, {entry['count']} x {entry['code']}: {entry['reason']}{where}"[:REASON_CHARACTERS]
+            )
+    return lines
+
+
+def format_summary(summary: dict[str, dict[str, float]]) -> str:
+    """One line an engine."""
+    return "\n".join(
+        f"{engine}: geometric mean of "
+        + ", ".join(f"{numbers[f'x {b}']:.2f} x {b}" for b in ("eager", "compile") if f"x {b}" in numbers)
+        + f" over {numbers.get('programs with eager', 0):.0f} programs"
+        for engine, numbers in summary.items()
+    )
+
+
+if __name__ == "__main__":
+    main()

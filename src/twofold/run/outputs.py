@@ -1,0 +1,72 @@
+"""The tensors that a unit hands to the program when it has run: fresh objects, with the history that eager's have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+
+from twofold.capture.history import Layout
+from twofold.capture.trace import Made
+from twofold.capture.trace_graph import MAX_LAYOUTS, Path, TraceGraph
+
+from .account import Account
+from .graph_runner import GraphRunner
+from .history import History, with_history
+from .placeholders import with_freed_history
+
+LearnLayout = Callable[[Path, Layout | None], None]
+
+
+def made_in(path: Path, slot: int) -> Made:
+    """Return what is known of the tensor of a slot besides its contents."""
+    event = path.maker_of(slot).event
+    assert event is not None
+    return event.made[slot - event.first_slot]
+
+
+def outputs_of(path: Path, run: GraphRunner, slots: Collection[int], learn: LearnLayout) -> dict[int, torch.Tensor]:
+    """Return the tensors of some slots of a unit that has run.
+
+    `learn` is told of a later backward that comes in a way for which there is no graph.
+    """
+    differentiable = _with_history(path, run, slots, learn)
+    outputs: dict[int, torch.Tensor] = {}
+    for slot in slots:
+        if slot in differentiable:
+            outputs[slot] = differentiable[slot]
+            continue
+        made = made_in(path, slot)
+        with torch.no_grad():
+            value = run.owned_value(path.program.escapes[slot])
+        if made.requires_grad:
+            value = with_freed_history(value, made.grad_function) if made.grad_function else value.requires_grad_()
+        outputs[slot] = value
+    return outputs
+
+
+def _with_history(path: Path, run: GraphRunner, slots: Collection[int], learn: LearnLayout) -> dict[int, torch.Tensor]:
+    """Return the outputs that a backward outside the unit may differentiate, all of them at once."""
+    plan = path.program.history
+    if plan is None or set(plan.outputs).isdisjoint(slots):
+        return {}
+    with torch.no_grad():
+        outputs = [run.owned_value(path.program.escapes[slot]) for slot in plan.outputs]
+    names = [str(made_in(path, slot).grad_function) for slot in plan.outputs]
+    history = History(path, run, learn)
+    return dict(zip(plan.outputs, with_history(history, run, outputs, names), strict=True))
+
+
+def learn_layout(graph: TraceGraph, account: Account, path: Path, layout: Layout | None) -> None:
+    """A backward came in a way that the graph of its unit does not know: learn it, or give up."""
+    if layout is None:
+        graph.differentiated_twice = True
+        path.blocked, path.executable = "double_backward", None
+        account.fallback("double_backward", "gradients of gradients, or sparse ones, are taken of an output")
+    elif len(graph.layouts) >= MAX_LAYOUTS:
+        path.blocked, path.executable = "history_escapes", None
+        account.fallback("history_escapes", f"backward came in more than {MAX_LAYOUTS} ways")
+    else:
+        path.stale = True
+        graph.layouts[layout] = None
+        account.fallback("new_path", "backward reached the outputs of a unit in a way not seen before")

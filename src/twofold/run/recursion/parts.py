@@ -1,0 +1,121 @@
+"""What a block cut into stages is made of: what the writer of stages and the executor have in common."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from .factors import Link, Table
+
+aten = torch.ops.aten
+
+
+class Stage(IntEnum):
+    """When a node runs. `LEVEL` and `BACK` run once for each level, the others once for all invocations."""
+
+    BEFORE = 0
+    LEVEL = 1
+    AFTER = 2
+    TURN = 3
+    BACK = 4
+    FINISH = 5
+
+
+BY_LEVEL = (Stage.LEVEL, Stage.BACK)
+
+_VIEWS = frozenset(
+    {
+        aten.t.default,
+        aten.view.default,
+        aten.slice.Tensor,
+        aten.split.Tensor,
+        aten.unsqueeze.default,
+        aten.squeeze.dims,
+        aten.squeeze.dim,
+        aten.expand.default,
+        aten.select.int,
+        aten.permute.default,
+        aten.transpose.int,
+    }
+)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Say whether a node is so cheap that each stage makes its own."""
+    if node.target is operator.getitem:
+        return node.all_input_nodes[0].target in _VIEWS
+    return node.target in _VIEWS
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A value that one stage takes from another: rows are along `dimension`, `each` for an invocation; or it has none.
+
+    `shape` is what follows the rows. Without rows, what `BACK` makes is a sum over them (a parameter's gradient), and
+    anything else the same for all.
+    """
+
+    name: str
+    source: Stage | None
+    dimension: int | None
+    each: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    device: torch.device | None
+
+
+class Role(Enum):
+    """What a parameter of a stage's function stands for. What it says of is in the second place of an argument."""
+
+    PART = "rows of a value: Crossing"
+    TABLE = "a table of results: Link"
+    CHILDREN = "which rows of it: Link"
+    GRADIENTS = "a table of gradients: Link"
+    GIVE = "how gradients are added to it: Link"
+
+
+@dataclass
+class StageCode:
+    """One stage as a function `run(n, *arguments)` of `n` invocations.
+
+    `kept` are the values that it writes to where they stay; `given` names what it returns.
+    """
+
+    run: Callable[..., tuple[Any, ...]]
+    arguments: list[tuple[Role, Any]]
+    kept: list[Crossing]
+    given: list[str]
+    text: str
+
+
+@dataclass
+class Staged:
+    """A block cut into stages. Names are of values; those of hosts and in `tangents` come from the executor."""
+
+    stages: dict[Stage, StageCode]
+    children: dict[str, Link]
+    """The names of rows taken from tables."""
+    hosts: list[str]
+    tangents: list[str | None]
+    outputs: list[str]
+    host_gradients: list[str | None]
+    parameter_gradients: list[str | None]
+    crossings: dict[str, Crossing]
+    chained: frozenset[Table]
+    """The tables through which invocations depend on one another level by level."""
+    written: dict[int, Table]
+    """Which outputs are written to which table."""
+
+    @cached_property
+    def backward(self) -> frozenset[str]:
+        """The names of values that only backward makes."""
+        codes = [self.stages[stage] for stage in (Stage.TURN, Stage.BACK, Stage.FINISH)]
+        made = [*(name for code in codes for name in code.given), *(kept.name for code in codes for kept in code.kept)]
+        return frozenset([*made, *(name for name in self.tangents if name is not None)])

@@ -1,0 +1,218 @@
+"""The speculated graphs of one function: which to try, and what to learn where an assumption fails (Janus, section 3).
+
+A graph belongs to the root at which its units begin. A location that was read as a value and has changed is relaxed:
+the graphs that took it for a constant are dropped, and from then on it is read anew. Where a branch, a type or a shape
+is another, the next conversion adds a graph beside the others.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from twofold.capture.trace_graph import Path, PathNode, TraceGraph
+from twofold.convert.speculation.generate import HostFunction, generate
+from twofold.convert.speculation.schedule import reads_in_place, schedule
+from twofold.convert.speculation.speculation import Assumption, Speculation
+from twofold.run.account import Account, AssumptionCount
+from twofold.run.outputs import learn_layout
+
+from .unit import FAILED, SpeculatedUnit, TensorWork
+
+MISSED: Final = object()
+"""What a call returns that has to run in the ordinary way."""
+MAX_GRAPHS = 8
+"""Graphs kept for units that begin alike."""
+MAX_CONVERSIONS = 8
+"""Conversions of a function until each further one must have been earned, by `CALLS_A_CONVERSION` calls."""
+CALLS_A_CONVERSION = 25
+RECENT = 50
+"""Calls over which failures are counted."""
+MAX_FAILED = 5
+"""So many of the recent calls failed, and the function is not speculated on any more."""
+MAX_UNDONE = 3
+"""So often a check undid launched work, in more than a tenth of the graph's calls, and it is not speculated on."""
+MAX_ASSUMPTIONS = 2_000
+"""Assumptions kept for the report."""
+
+AssumptionCounts = dict[tuple[str, str, str, Any], AssumptionCount]
+
+
+@dataclass(eq=False)
+class SpeculatedGraph:
+    """One graph with all that is needed to run calls by it."""
+
+    speculation: Speculation
+    function: HostFunction
+    work: TensorWork
+    runs: int = 0
+    """Calls in which all assumptions held."""
+    failures: Counter[int] = field(default_factory=Counter[int])
+    """How often each assumption failed, by index."""
+
+
+class GraphCache:
+    """The graphs of one function, most recently used first. Used by one thread at a time."""
+
+    def __init__(self, graph: TraceGraph, account: Account) -> None:
+        self.relaxed: set[Hashable] = set()
+        """Locations that are read anew in each call."""
+        self.stopped = ""
+        """Why the function is not speculated on any more, if it is not."""
+        self.was_undone = False
+        """Whether the last call was given back to Python after tensor work had begun."""
+        self._graphs: dict[PathNode, list[SpeculatedGraph]] = {}
+        self._trace_graph = graph
+        self._account = account
+        self._recent: deque[bool] = deque(maxlen=RECENT)
+        self._conversions = 0
+        self._past: AssumptionCounts = {}
+
+    # ---- calls -------------------------------------------------------------------------------------------
+
+    def call(self, root: PathNode, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Path | None]:
+        """Run a call by the first graph whose assumptions hold; return its result and path, or `MISSED`.
+
+        Raises what an effect raises, and lets KeyboardInterrupt and its like through, undone.
+        """
+        graphs = self._graphs.get(root)
+        self.was_undone = False
+        if not graphs:
+            return MISSED, None
+        for place, graph in enumerate(tuple(graphs)):
+            unit = SpeculatedUnit(graph.work)
+            result = _run(graph, unit, arguments, keywords)
+            if result is not MISSED:
+                graph.runs += 1
+                self._note(failed=False)
+                if place:
+                    graphs.remove(graph)
+                    graphs.insert(0, graph)
+                return result, graph.work.path
+            self.was_undone = self._learn(graph, unit)
+            if self.was_undone:
+                self._note(failed=True)
+                return MISSED, None
+        self._account.misses += 1
+        self._note(failed=True)
+        return MISSED, None
+
+    def _learn(self, graph: SpeculatedGraph, unit: SpeculatedUnit) -> bool:
+        """Learn from a call that a graph did not fit. Whether it was found out after a launch."""
+        if unit.failed_at is not None:
+            graph.failures[unit.failed_at] += 1
+            self._relax(graph.speculation.assumptions[unit.failed_at])
+        if not graph.work.is_up_to_date():
+            self._drop(lambda other: other is graph)
+        if not unit.has_launched:
+            return False
+        self._account.discards += 1
+        if unit.failed_at is not None:
+            undone, calls = graph.failures[unit.failed_at], graph.runs + graph.failures.total()
+            if undone >= MAX_UNDONE and undone * 10 > calls:
+                assumption = graph.speculation.assumptions[unit.failed_at]
+                self.stop(f"{assumption} failed in {undone} of {calls} calls, after tensor work had begun")
+        return True
+
+    def _relax(self, failed: Assumption) -> None:
+        if failed.kind == "value" and failed.location not in self.relaxed:
+            self.relaxed.add(failed.location)
+            self._account.decision(f"relaxed {failed.subject}: it was {failed.expected} and has changed")
+            key = (failed.subject, failed.kind, failed.expected, failed.origin)
+            self._past.setdefault(key, AssumptionCount()).relaxed = True
+            self._drop(
+                lambda graph: any(
+                    one.kind == "value" and one.location == failed.location for one in graph.speculation.assumptions
+                )
+            )
+
+    def _note(self, failed: bool) -> None:
+        self._recent.append(failed)
+        if failed and len(self._recent) == RECENT and sum(self._recent) > MAX_FAILED:
+            self.stop(f"{sum(self._recent)} of the last {RECENT} calls were other than any graph assumed")
+
+    def stop(self, reason: str) -> None:
+        """Give up speculating on the function."""
+        self.stopped = reason
+        self._drop(lambda _: True)
+        self._account.engine = "coexecution"
+        self._account.fallback("assumption_failed", reason)
+        self._account.decision(f"speculation stopped: {reason}")
+
+    # ---- graphs ------------------------------------------------------------------------------------------
+
+    @property
+    def may_convert(self) -> bool:
+        """Whether one more conversion is worth its time."""
+        earned = sum(graph.runs for graphs in self._graphs.values() for graph in graphs) // CALLS_A_CONVERSION
+        return not self.stopped and self._conversions < MAX_CONVERSIONS + earned
+
+    def add(self, root: PathNode, speculation: Speculation) -> None:
+        """Make a new speculation runnable. Raises `Unschedulable`."""
+        self._conversions += 1
+        path = speculation.path
+        scheduled = schedule(speculation.host, reads_in_place(path.program))
+        function = generate(scheduled, speculation.roots)
+        work = TensorWork(path, scheduled, functools.partial(learn_layout, self._trace_graph, self._account))
+        known = set(self._trace_graph.roots.values())
+        for forgotten in [root for root in self._graphs if root not in known]:
+            self._drop(lambda _: True, forgotten)
+        graphs = self._graphs.setdefault(root, [])
+        graphs.insert(0, SpeculatedGraph(speculation, function, work))
+        for old in graphs[MAX_GRAPHS:]:
+            self._drop(lambda other, old=old: other is old, root)
+
+    def has_graphs(self, root: PathNode) -> bool:
+        """Whether a call was converted that began as those of a root do."""
+        return bool(self._graphs.get(root))
+
+    def graphs(self) -> list[SpeculatedGraph]:
+        """Return all graphs that calls are tried by."""
+        return [graph for graphs in self._graphs.values() for graph in graphs]
+
+    def _drop(self, condition: Callable[[SpeculatedGraph], bool], root: PathNode | None = None) -> None:
+        for one in list(self._graphs) if root is None else [root]:
+            for graph in self._graphs[one]:
+                if condition(graph):
+                    _count(graph, self._past)
+            self._graphs[one] = [graph for graph in self._graphs[one] if not condition(graph)]
+            if not self._graphs[one]:
+                del self._graphs[one]
+
+    def describe(self) -> None:
+        """Enter all assumptions, those of dropped graphs included, and the generated functions in the account."""
+        counts = {key: replace(count) for key, count in self._past.items()}
+        for graph in self.graphs():
+            _count(graph, counts)
+        self._account.assumptions = counts
+        self._account.speculated = [graph.function.text for graph in self.graphs()]
+
+
+def _run(graph: SpeculatedGraph, unit: SpeculatedUnit, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    try:
+        result = graph.function.call(unit, arguments, keywords)
+    except BaseException as error:
+        if unit.is_committed:
+            raise
+        unit.discard()
+        if not isinstance(error, Exception):
+            raise
+        # Whatever else it is, Python decides what the program sees.
+        return MISSED
+    if result is FAILED:
+        unit.discard()
+        return MISSED
+    return result
+
+
+def _count(graph: SpeculatedGraph, counts: AssumptionCounts) -> None:
+    for index, assumption in enumerate(graph.speculation.assumptions):
+        key = (assumption.subject, assumption.kind, assumption.expected, assumption.origin)
+        if key not in counts and len(counts) >= MAX_ASSUMPTIONS:
+            continue
+        count = counts.setdefault(key, AssumptionCount())
+        count.checked += graph.runs + graph.failures[index]
+        count.failed += graph.failures[index]

@@ -1,0 +1,107 @@
+"""`Speculator`: when calls of one function are speculated on, and when its source is converted for that."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
+from twofold.convert.refusals import Refusal, Refused
+from twofold.convert.speculation.convert import speculate
+from twofold.convert.speculation.schedule import Unschedulable
+from twofold.errors import NotConvertibleError
+from twofold.options import Options
+from twofold.run.account import Account
+
+from .cache import MISSED, GraphCache
+
+UNITS_BEFORE = 2
+"""Units that the likely path ran beside its Python before its source is converted."""
+MAX_REFUSALS = 4
+"""So many refusals in a row, and conversion is not tried again, unless all that was missing was a graph to go by."""
+FIRST_RETRY: Final = 4
+"""Calls until conversion is tried again; four times as many after each further refusal in a row."""
+
+
+class Speculator:
+    """Speculates on the calls of one function, in one thread at a time."""
+
+    def __init__(self, graph: TraceGraph, account: Account, options: Options) -> None:
+        self.cache = GraphCache(graph, account)
+        self._graph = graph
+        self._account = account
+        self._is_demanded = options.engine == "speculation"
+        self._is_strict = options.strict
+        self._refusals = 0
+        self._retry_at = 0
+        if options.engine not in ("auto", "speculation"):
+            self.cache.stopped = f"engine={options.engine!r}"
+
+    def is_willing(self) -> bool:
+        """Whether calls may be speculated on now."""
+        return (
+            not self.cache.stopped
+            # What the program has entered around the call is not among the assumptions.
+            and not torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
+            and torch._C._len_torch_function_stack() == 0
+            and torch._C._len_torch_dispatch_stack() == 0
+        )
+
+    def call(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any], signature: Signature
+    ) -> tuple[Any, Path | None]:
+        """Run a call without its Python; return its result and its path, or `MISSED` and None.
+
+        Raises `NotConvertibleError` where speculation is demanded, strictly, and refused; else what effects of the
+        call raise.
+        """
+        root = self._graph.root(signature)
+        result, path = self.cache.call(root, arguments, keywords)
+        if result is not MISSED or self.cache.was_undone or not self._may_convert(root):
+            return result, path
+        if not self._convert(function, arguments, keywords, signature, root):
+            return MISSED, None
+        return self.cache.call(root, arguments, keywords)
+
+    def _may_convert(self, root: PathNode) -> bool:
+        likely = root.latest
+        has_settled = self.cache.has_graphs(root) or (likely is not None and likely.units >= UNITS_BEFORE)
+        return has_settled and self.cache.may_convert and self._account.iterations >= self._retry_at
+
+    def _convert(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        signature: Signature,
+        root: PathNode,
+    ) -> bool:
+        began = time.perf_counter()
+        try:
+            made = speculate(function, arguments, keywords, self._graph, signature, frozenset(self.cache.relaxed))
+            self.cache.add(root, made)
+        except Refused as refused:
+            self._refuse(refused.refusal)
+            return False
+        except Unschedulable as unschedulable:
+            self._refuse(Refusal("late_decision", str(unschedulable), unschedulable.node.origin))
+            return False
+        finally:
+            self._account.stall_seconds += time.perf_counter() - began
+        self._refusals = 0
+        self._account.engine = "speculation"
+        self._account.decision(f"converted: {len(made.assumptions)} assumptions, {len(made.host.nodes)} nodes")
+        return True
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Go on beside the function's Python, and try again a few times: paths may be added that were missing."""
+        self._account.refusal(refusal.code, refusal.construct, refusal.origin, refusal.line.strip(), refusal.hint)
+        self._refusals = min(self._refusals + 1, MAX_REFUSALS)
+        self._retry_at = self._account.iterations + FIRST_RETRY**self._refusals
+        if self._refusals == MAX_REFUSALS and refusal.code != "no_graph":
+            self.cache.stopped = f"not converted: {refusal.code}"
+        if self._is_demanded and self._is_strict:
+            raise NotConvertibleError(f"{self._account.name} is not speculated on: {refusal}", refusal)

@@ -1,0 +1,172 @@
+"""`SpeculatedUnit`: the tensor work of one call that runs without its Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+from twofold.capture.functions import NUMBER_READS
+from twofold.capture.number_feeds import number_tensor
+from twofold.capture.recorder import has_step_hooks
+from twofold.capture.trace import External, Slot, leaves
+from twofold.capture.trace_graph import Path, Role
+from twofold.convert.from_traces import Program
+from twofold.convert.speculation.speculation import commit, launch, step, tensor
+from twofold.graph import Graph
+from twofold.run.graph_runner import GraphRunner
+from twofold.run.outputs import LearnLayout, made_in, outputs_of
+from twofold.run.placeholders import with_freed_history
+
+FAILED: Final = object()
+"""What a host function returns when an assumption does not hold."""
+
+_TENSOR = torch.Tensor
+
+
+class CannotSpeculate(Exception):
+    """The call does not fit the graph in a way that no assumption names. Raised before `commit`; the reason."""
+
+
+class TensorWork:
+    """What all units of one speculated graph share: a path, and which of its tensors Python is handed."""
+
+    def __init__(self, path: Path, scheduled: Graph, learn: LearnLayout) -> None:
+        self.path = path
+        self.program: Program = path.program
+        self.learn = learn
+        last = path.nodes[-1]
+        self.roles: dict[int, Role] = {index: last.role_of(index)[0] for index in self.program.feeds.values()}
+        kept = [node.arguments[1] for node in scheduled.nodes if node.target is tensor]
+        self.slots: tuple[Any, ...] = tuple(dict.fromkeys(kept))
+        self.final_step = _final_step(scheduled)
+        """The optimizer's step, outside the graph, after which nothing can be found to be otherwise."""
+
+    def is_up_to_date(self) -> bool:
+        """Whether the path can still be launched with the program that the graph was made for."""
+        return self.path.program is self.program and not self.path.stale and self.path.executable is not None
+
+    def runner(self, feeds: dict[int, Any], given: dict[int, Any]) -> GraphRunner:
+        """Return what runs one unit. Raises `CannotSpeculate` if the state is not that for which it was made."""
+        if not self.is_up_to_date():
+            raise CannotSpeculate("the graph of the path is being built again")
+        installed = self.path.executable
+        if not installed.lives_where_it_did():  # whether there are gradients is in the signature
+            raise CannotSpeculate("a parameter or gradient was replaced")
+        for plan in self.program.optimizers.values():
+            if not plan.still_holds() or has_step_hooks(plan.optimizer):
+                raise CannotSpeculate(f"{type(plan.optimizer).__name__} is set otherwise")
+        return GraphRunner(installed, feeds, given)
+
+
+def _final_step(scheduled: Graph) -> Any:
+    for node in reversed(scheduled.nodes[: [node.target for node in scheduled.nodes].index(commit)]):
+        if node.target is step:
+            return node.arguments[1]
+        if node.target not in (launch, tensor):
+            return None
+    return None
+
+
+class SpeculatedUnit:
+    """One call's tensor work; see `convert.speculation.speculation.Unit`. Used once."""
+
+    __slots__ = ("_feeds", "_given", "_outputs", "_run", "_work", "failed_at", "is_committed")
+
+    def __init__(self, work: TensorWork) -> None:
+        self._work = work
+        self._given: dict[int, Any] = {}
+        self._feeds: dict[int, Any] = {}
+        self._run: GraphRunner | None = None
+        self._outputs: dict[int, torch.Tensor] | None = None
+        self.failed_at: int | None = None
+        """The assumption that did not hold."""
+        self.is_committed = False
+        """Whether the call can no longer be given back to Python."""
+
+    @property
+    def has_launched(self) -> bool:
+        """Whether there is anything to undo."""
+        return self._run is not None and self._run.launched > 0
+
+    def failed(self, index: int) -> object:
+        """Note which assumption does not hold."""
+        self.failed_at = index
+        return FAILED
+
+    def give(self, index: int, given: Any) -> None:
+        """See `Unit.give`. Raises `CannotSpeculate` for what the path does not take there."""
+        role = self._work.roles[index]
+        if not role.accepts(given):
+            raise CannotSpeculate("a tensor of another kind was given")
+        self._given[index] = given
+        # No copy, as the skeleton needs: until all is launched, nothing here writes to the memory of a feed.
+        self._feeds[index] = number_tensor(given, role.spec.dtype, role.spec.device) if role.is_number else given
+
+    def read(self, event: int, function: Callable[..., Any], *rest: Any) -> Any:
+        """See `Unit.read`."""
+        run, program = self._started(), self._work.program
+        position = program.positions[event]
+        with torch.no_grad():
+            run.launch_through(position)
+            run.launch_ahead()
+            if function in NUMBER_READS and (copied := run.host_value(position)) is not None:
+                return function(copied, *rest)
+            values = [run.value(value) for value in program.fetches[event]]
+        recorded: Any = self._work.path.nodes[event].event
+        references = leaves((recorded.arguments, recorded.keywords), (Slot, External))
+        shows_history = function in (_TENSOR.__repr__, _TENSOR.__format__)
+        given = [self._real(r, v, shows_history) for r, v in zip(references, values, strict=True)]
+        return function(*given, *rest)
+
+    def _real(self, reference: Slot | External, value: torch.Tensor, shows_history: bool) -> torch.Tensor:
+        path = self._work.path
+        if isinstance(reference, External):
+            role, _ = path.nodes[-1].role_of(reference.index)
+            return self._given[reference.index] if role.tensor is None else role.tensor
+        made = made_in(path, reference.index)
+        if shows_history and made.grad_function:
+            return with_freed_history(value, made.grad_function)
+        return value.requires_grad_() if made.requires_grad and made.is_leaf else value
+
+    def step(self, event: int) -> None:
+        """See `Unit.step`."""
+        run, program = self._started(), self._work.program
+        plan = program.optimizers[event]
+        with torch.no_grad():
+            run.launch_through(program.positions[event])
+            run.prepare_step(plan, event, is_last=event == self._work.final_step)
+        self.is_committed = event == self._work.final_step
+        plan.optimizer.step()
+
+    def launch(self, undoable: bool) -> None:
+        """See `Unit.launch`."""
+        run = self._started()
+        run.saves_last = undoable
+        with torch.no_grad():
+            run.launch_through(self._work.program.unit_segments)
+
+    def tensor(self, slot: int) -> torch.Tensor:
+        """See `Unit.tensor`."""
+        if self._outputs is None:
+            work = self._work
+            self._outputs = outputs_of(work.path, self._started(), work.slots, work.learn)
+        return self._outputs[slot]
+
+    def commit(self) -> None:
+        """See `Unit.commit`."""
+        with torch.no_grad():
+            self._started().commit_gradients()
+        self.is_committed = True
+
+    def discard(self) -> None:
+        """Put back all that was written."""
+        if self._run is not None:
+            with torch.no_grad():
+                self._run.discard()
+
+    def _started(self) -> GraphRunner:
+        if self._run is None:
+            self._run = self._work.runner(self._feeds, self._given)
+        return self._run

@@ -1,0 +1,164 @@
+"""What is not converted: the code, the construct and the line, and never a crash."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import twofold
+from tests.hazards.programs import MakeStep, Parts, training
+from tests.unit.convert.speculation.executing import EXACT
+from twofold.convert.refusals import HINTS, Refused
+from twofold.convert.speculation.convert import speculate
+
+REFUSED: dict[str, tuple[MakeStep, str, str]] = {}
+
+
+def refused(code: str, line: str) -> Callable[[MakeStep], MakeStep]:
+    """Register a step that is refused under a code; `line` is part of the source line named."""
+
+    def register(make_step: MakeStep) -> MakeStep:
+        REFUSED[make_step.__name__] = make_step, code, line
+        return make_step
+
+    return register
+
+
+@refused("foreign_function", "random.random()")
+def draws_from_python(parts: Parts) -> Callable[..., Any]:
+    def step(number, x, y):
+        return parts.train(x * (1.0 if random.random() < 2 else 0.0), y)
+
+    return step
+
+
+@refused("foreign_function", "np.random.rand()")
+def draws_from_numpy(parts: Parts) -> Callable[..., Any]:
+    def step(number, x, y):
+        return parts.train(x, y), np.random.rand()
+
+    return step
+
+
+@refused("unsupported_syntax", "for item in items()")
+def generator(parts: Parts) -> Callable[..., Any]:
+    def items():
+        yield 1.0
+
+    def step(number, x, y):
+        for item in items():
+            x = x * item
+        return parts.train(x, y)
+
+    return step
+
+
+@refused("unsupported_syntax", "import math")
+def inline_import(parts: Parts) -> Callable[..., Any]:
+    def step(number, x, y):
+        import math
+
+        return parts.train(x * math.pi, y)
+
+    return step
+
+
+@refused("unsupported_syntax", "class Local")
+def inline_class(parts: Parts) -> Callable[..., Any]:
+    def step(number, x, y):
+        class Local:
+            scale = 1.0
+
+        return parts.train(x * Local.scale, y)
+
+    return step
+
+
+class Magic:
+    def __getattr__(self, name: str) -> float:
+        return 1.0
+
+
+class Watchful:
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+@refused("unsupported_object", "magic.anything")
+def custom_getattr(parts: Parts) -> Callable[..., Any]:
+    magic = Magic()
+
+    def step(number, x, y):
+        return parts.train(x * magic.anything, y)
+
+    return step
+
+
+@refused("unsupported_object", "watchful.count = 1")
+def custom_setattr(parts: Parts) -> Callable[..., Any]:
+    watchful = Watchful()
+
+    def step(number, x, y):
+        watchful.count = 1
+        return parts.train(x, y)
+
+    return step
+
+
+@refused("foreign_function", "open(")
+def files(parts: Parts) -> Callable[..., Any]:
+    def step(number, x, y):
+        open("/dev/null").close()  # noqa: PTH123
+        return parts.train(x, y)
+
+    return step
+
+
+@refused("unsupported_object", "self.optimizer.step()")
+def learning_rate_set_before_the_step(parts: Parts) -> Callable[..., Any]:
+    def step(number, x, y):
+        parts.optimizer.param_groups[0]["lr"] = 0.1 / (number + 1)
+        return parts.train(x, y)
+
+    return step
+
+
+@refused("no_source", "exec")
+def no_source(parts: Parts) -> Callable[..., Any]:
+    scope: dict[str, Any] = {"parts": parts}
+    exec("def step(number, x, y):\n    return parts.train(x, y)", scope)
+    return scope["step"]
+
+
+@refused("unsupported_call", "closure")
+def optimizer_closure(parts: Parts) -> Callable[..., Any]:
+    def step(number, x, y):
+        def closure():
+            parts.optimizer.zero_grad()
+            loss = parts.loss(x, y)
+            loss.backward()
+            return loss
+
+        return parts.optimizer.step(closure)
+
+    return step
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_code_and_line(name: str) -> None:
+    make_step, code, line = REFUSED[name]
+    torch.manual_seed(0)
+    program = training(make_step)()
+    function = twofold.function(program.step, **EXACT)
+    for number in range(6):
+        function(*program.batches(number))
+    graph = function._driver.graph
+    with pytest.raises(Refused) as caught:
+        speculate(program.step, program.batches(6), {}, graph, graph.signature())
+    refusal = caught.value.refusal
+    assert refusal.code == code, refusal
+    assert refusal.code in HINTS
+    assert line in refusal.line or line in refusal.construct or code == "no_source", refusal
