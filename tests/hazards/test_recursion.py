@@ -18,7 +18,7 @@ from tests.equivalence.recursive_programs import (
     child_sum,
     memoised,
 )
-from tests.hazards.programs import runs_as_graph, training
+from tests.hazards.programs import runs_as_graph, same, summary, training
 from twofold.run.recursion import Deferred
 
 
@@ -508,6 +508,38 @@ def test_calls_in_another_thread_are_plain() -> None:
     thread.join()
     assert type(found[0]) is torch.Tensor
     torch.testing.assert_close(found[0], waiting)
+
+
+@pytest.mark.parametrize("converts", [True, False])
+def test_a_recursive_call_is_never_left_out_where_calls_run_without_their_python(converts: bool) -> None:
+    """Speculated on is the side of a branch that has no recursion; `converts`: whether the recursion runs batched."""
+    kept: list[list[Tree]] = []
+
+    def make(parts: Any) -> Any:
+        visited = parts.seen["visited"] = []
+        kept.append(visited)
+
+        @twofold.subgraph
+        def encode(node: Any) -> torch.Tensor:
+            visited.append(node.word)
+            if not converts:
+                import math  # noqa: F401 - which no graph has
+            state = parts.model[0].weight.sum() * node.word
+            for child in node.children:
+                state = state + encode(child)
+            return state
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            if len(x) < 6:
+                return parts.train(x, y), encode(balanced(1, number)).detach() * 1.0
+            return parts.train(x, y), None
+
+        return step
+
+    factory = training(make, sizes=lambda number: 3 if number % 7 == 6 else 6)
+    report = same(factory, 42, engine="speculation")
+    assert report["speculated_iterations"] >= 12, summary(report)
+    assert [len(visited) for visited in kept] == [18, 18]
 
 
 def test_units_run_as_graphs_beside_recursion() -> None:
