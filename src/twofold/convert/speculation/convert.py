@@ -19,7 +19,7 @@ from .host import Host
 from .items import Item, Known, Method, Place, Scope
 from .objects import Raised
 from .source import Code
-from .speculation import Speculation
+from .speculation import Speculation, tensor
 from .statements import Interpreter
 from .walk import Walk
 
@@ -104,9 +104,9 @@ class _Conversion:
         interpreter.assume_measured()
         heap.close()
         speculation = host.finish(result, path)
-        unknown = set(host.slots_handed_out) - path.program.escapes.keys()
-        if unknown:
-            raise Refused(Refusal("no_graph", "a tensor of the unit is kept that was not kept before"))
+        kept = [node.arguments[1] for node in speculation.host.nodes if node.target is tensor]
+        if any(slot not in path.program.escapes for slot in kept):
+            raise Refused(Refusal("no_graph", "a tensor of the unit is kept that was not kept before", host.origin))
         return speculation
 
     def _given(

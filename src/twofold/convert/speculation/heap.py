@@ -236,7 +236,9 @@ class Heap:
         self._written.setdefault(id(holder.object), holder)
         if op == "set_item" and isinstance(holder.object, dict) and before is None and key not in holder.object:
             self._grow(holder)
-        self._host.store(op, holder.value, constant(key), self._host.argument(item))
+        held = vars(holder.object) if op == "set_attr" and hasattr(holder.object, "__dict__") else holder.object
+        replaces = isinstance(held, list) or (isinstance(held, dict) and key in held)
+        self._host.store(op, holder.value, constant(key), self._host.argument(item), replaces)
         self._known[address] = item
 
     def is_written(self, held: Any) -> bool:

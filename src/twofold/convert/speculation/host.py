@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +55,7 @@ class Host:
         self._handed: dict[int, Value] = {}
         self._given: set[int] = set()
         self._settled: dict[Value, Value] = {}
+        self._replaceable: set[tuple[str, Value, Hashable]] = set()
 
     # ---- nodes -------------------------------------------------------------------------------------------
 
@@ -93,8 +94,10 @@ class Host:
         (made,) = self._graph.node(op, None, (holder, key), None, (None,), origin=self.origin)
         return self._note(made, late, (holder, key))
 
-    def store(self, op: str, holder: Argument, key: Argument, value: Argument) -> None:
-        """Append a `set_attr` or `set_item`."""
+    def store(self, op: str, holder: Argument, key: Argument, value: Argument, replaces: bool = False) -> None:
+        """Append a `set_attr` or `set_item`. `replaces`: there was something before the call."""
+        if replaces and isinstance(holder, Value) and isinstance(key, int | str):
+            self._replaceable.add((op, holder, key))
         self._graph.node(op, None, (holder, key, value), origin=self.origin)
 
     def _note(self, made: Value, late: bool, *arguments: Argument) -> Value:
@@ -140,11 +143,6 @@ class Host:
             known = self._settled[value] = self.call(settled, self.unit, value)
             self.from_unit.add(known)
         return known
-
-    @property
-    def slots_handed_out(self) -> tuple[int, ...]:
-        """The slots that Python keeps."""
-        return tuple(self._handed)
 
     # ---- assumptions -------------------------------------------------------------------------------------
 
@@ -279,9 +277,39 @@ class Host:
 
     def finish(self, result: Item, path: Path) -> Speculation:
         """Return the finished speculation."""
-        graph = drop_unread(self._graph.finish((self.argument(result),)))
+        graph = drop_unread(drop_overwritten(self._graph.finish((self.argument(result),)), self._replaceable))
         roots = dict(self._roots.values())
         return Speculation(graph, roots, path, tuple(self.assumptions))
+
+
+def drop_overwritten(graph: Graph, replaceable: Collection[tuple[str, Value, Hashable]]) -> Graph:
+    """Drop writes to a place that is written again before any effect could show it. The order of keys stays."""
+    later: set[tuple[str, Value, Hashable]] = set()
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        if node.op in ("set_attr", "set_item"):
+            holder, key, _ = node.arguments
+            place = None
+            if isinstance(holder, Value) and isinstance(key, int | str):
+                place = str(node.op), holder, key
+            if place in later:
+                continue
+            if place is not None and place in replaceable:
+                later.add(place)
+        elif node.op == "call" and not (node.results and is_pure(node.target)) and node.target not in (give, step):
+            later.clear()
+        else:
+            later = {place for place in later if not _reads(node, place)}
+        kept.append(node)
+    return replace(graph, nodes=tuple(reversed(kept)))
+
+
+def _reads(node: Node, place: tuple[str, Value, Hashable]) -> bool:
+    """Whether a node without an effect may see what is written to a place."""
+    if node.op in ("get_attr", "get_item") and node.arguments[0] is place[1]:
+        key = node.arguments[1]
+        return isinstance(key, Value | Constant) or key == place[2] or (isinstance(key, int) and key < 0)
+    return node.op != "assert" and place[1] in node.operands
 
 
 def drop_unread(graph: Graph) -> Graph:
