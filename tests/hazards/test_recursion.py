@@ -493,6 +493,33 @@ def test_the_host_computes_with_kept_results() -> None:
     both(run)
 
 
+class Scorer:
+    """No module: an object whose method is recursive."""
+
+    def __init__(self) -> None:
+        self.weight = torch.linspace(-1.0, 1.0, HIDDEN).requires_grad_()
+
+    def score(self, node: Any) -> torch.Tensor:
+        inner = sum([self.score(child) for child in node.children], torch.zeros(HIDDEN))
+        return torch.tanh(inner + self.weight) * node.word
+
+
+def test_methods_of_plain_objects_in_comprehensions() -> None:
+    class Decorated(Scorer):
+        score = twofold.subgraph(strict=True)(Scorer.score)
+
+    found: list[list[torch.Tensor]] = []
+    for scorer in (Decorated(), Scorer()):
+        results: list[torch.Tensor] = []
+        for _ in range(3):
+            scorer.weight.grad = None
+            result = scorer.score(balanced(2))
+            result.sum().backward()
+            results += [result.detach(), scorer.weight.grad]
+        found.append(results)
+    torch.testing.assert_close(*found)
+
+
 def test_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TWOFOLD_ENGINE", "eager")
     encode, _ = sum_of_words(strict)

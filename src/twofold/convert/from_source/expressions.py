@@ -304,6 +304,8 @@ class Expressions(ABC):
         holder = self.convert(node.value)
         if isinstance(holder, Outer) and isinstance(holder.object, STATIC_HOLDERS):
             return self.attribute(holder, node.attr, node)
+        if isinstance(holder, Outer) and isinstance(getattr(type(holder.object), node.attr, None), Recursive):
+            return holder.attribute(node.attr)
         return holder, node.attr
 
     def call_held(self, node: ast.Call, callee: Any, arguments: list[Any], keywords: dict[str, Any]) -> Any:
