@@ -38,6 +38,8 @@ class Installed:
     pointers: list[int] = field(init=False)
     """Where the statics live."""
     exits: list[tuple[torch.Tensor, Value | None]] = field(init=False)
+    copied_exits: list[bool] = field(init=False)
+    """Which of these are in memory that the next launch writes to."""
     """The leaves whose gradient a unit sets, with the gradient."""
     written: list[list[Value]] = field(init=False)
     written_early: list[Value] = field(init=False)
@@ -52,8 +54,14 @@ class Installed:
         self.statics = {value: tensor.detach() for value, tensor in program.statics.items()}
         self.pointers = list(map(_data_ptr, program.statics.values()))
         self.exits = [(plan.leaf, plan.exit) for plan in program.gradients if not plan.keeps]
+        lasting = {*program.statics, *(plan.entry for plan in program.gradients if plan.entry is not None)}
+        given = {*lasting, *program.feeds}
+        self.copied_exits = [
+            self.executable.reuses_outputs and value is not None and root_of(value, program.views) not in given
+            for _, value in self.exits
+        ]
         self.written = [
-            [value for value in written_roots(segment, program.views) if value in program.statics]
+            [value for value in written_roots(segment, program.views) if value in lasting]
             for segment in program.segments
         ]
         last = program.segments[program.unit_segments - 1]
@@ -67,7 +75,7 @@ class Installed:
         }
         self.go_ahead = self._find_go_ahead()
         # A CUDA graph that was captured does not fail at launch.
-        self.written_early = [] if self.executable.reuses_outputs else [v for v in early if v in program.statics]
+        self.written_early = [] if self.executable.reuses_outputs else [v for v in early if v in lasting]
 
     def _find_go_ahead(self) -> frozenset[int]:
         if not self.program.on_accelerator:
@@ -92,7 +100,8 @@ class Installed:
 
     def save_written(self) -> Callable[[], None]:
         """Copy all that a unit writes to and that outlives it; return how to put it back."""
-        copies = [(self.statics[v], self.statics[v].clone()) for written in self.written for v in written]
+        written = [self.statics[v] for written in self.written for v in written if v in self.statics]
+        copies = [(tensor, tensor.clone()) for tensor in written]
 
         def restore() -> None:
             for tensor, copy in copies:
@@ -264,13 +273,16 @@ class GraphRunner:
         return self._saved, self._random
 
     def commit_gradients(self) -> None:
-        """Set `.grad` of all leaves to what eager execution leaves there."""
-        environment = self.environment
-        may_be_the_same = self.installed.executable.reuses_outputs
-        for leaf, value in self.installed.exits:
-            gradient = None if value is None else environment[value] if value in environment else self.value(value)
-            if not may_be_the_same or leaf.grad is not gradient:
-                leaf.grad = gradient
+        """Set `.grad` of all leaves to what eager execution leaves there, in memory of their own."""
+        exits, is_copied = self.installed.exits, self.installed.copied_exits
+        gradients = [None if value is None else self.value(value) for _, value in exits]
+        made = [g for g, copied in zip(gradients, is_copied, strict=True) if copied and g is not None]
+        copies = [torch.empty_like(gradient) for gradient in made]
+        if copies:
+            torch._foreach_copy_(copies, made)  # one kernel for all
+        rest = iter(copies)
+        for (leaf, _), gradient, copied in zip(exits, gradients, is_copied, strict=True):
+            leaf.grad = next(rest) if copied else gradient
 
     def prepare_step(self, plan: OptimizerPlan, index: int, is_last: bool) -> None:
         """Hand an optimizer that steps outside its gradients. `is_last`: nothing can be discarded any more."""

@@ -1,0 +1,138 @@
+"""Gradients that outlive a unit: what was launched and undone, or launched again, must not show in them."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.hazards.programs import Parts, same, training
+from tests.hazards.test_launch_ahead import ahead as ahead  # a fixture
+from twofold.backends.executable import Environment
+from twofold.backends.replay import ReplayExecutable
+from twofold.convert.from_traces import Program
+from twofold.run.graph_runner import GraphRunner, Installed
+
+STEPS = 30
+
+
+def accumulates(parts: Parts) -> Any:
+    """Gradients are added to for three steps; behind a fetch the way is another one now and then."""
+
+    def step(number: int, x: torch.Tensor, y: torch.Tensor) -> float:
+        if number % 3 == 0:
+            parts.optimizer.zero_grad()
+        loss = parts.loss(x, y)
+        loss.backward()
+        value = loss.item()
+        if number in (17, 22):
+            parts.seen.setdefault("doubled", []).append(next(parts.model.parameters()).grad * 2)
+        if number % 3 == 2:
+            parts.optimizer.step()
+        return value
+
+    return step
+
+
+def clears_late(parts: Parts) -> Any:
+    """Whether gradients are cleared is decided behind a fetch."""
+
+    def step(number: int, x: torch.Tensor, y: torch.Tensor) -> float:
+        loss = parts.loss(x, y)
+        value = loss.item()
+        if number % 7 != 6:
+            parts.optimizer.zero_grad()
+        loss.backward()
+        total = next(parts.model.parameters()).grad.sum().item()
+        parts.optimizer.step()
+        return value + total
+
+    return step
+
+
+def keeps(parts: Parts) -> Any:
+    """The program keeps the gradients of each step, and a view of one."""
+
+    def step(number: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        parts.optimizer.zero_grad()
+        loss = parts.loss(x, y)
+        loss.backward()
+        parts.optimizer.step()
+        kept = parts.seen.setdefault("kept", [])
+        gradient = next(parts.model.parameters()).grad
+        kept += [gradient, gradient[0]]
+        del kept[:-6]
+        return loss.detach()
+
+    return step
+
+
+PROGRAMS = {"accumulates": accumulates, "clears_late": clears_late, "keeps": keeps}
+
+
+@pytest.fixture
+def reusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `replay` write its results where it wrote them the last time, as a captured CUDA graph does."""
+    launch = ReplayExecutable.launch
+
+    def launch_into_memory(self: Any, index: int, environment: Environment) -> None:
+        program: Program = self.memory_program
+        launch(self, index, environment)
+        for value in program.segments[index].outputs:
+            made = environment[value]
+            kept = self.memory.setdefault(value, made.clone())
+            environment[value] = kept.copy_(made)
+
+    create = ReplayExecutable.__init__
+
+    def remember(self: Any, program: Program) -> None:
+        create(self, program)
+        self.memory_program, self.memory = program, {}
+
+    monkeypatch.setattr(ReplayExecutable, "__init__", remember)
+    monkeypatch.setattr(ReplayExecutable, "launch", launch_into_memory)
+    monkeypatch.setattr(ReplayExecutable, "reuses_outputs", True)
+
+
+@pytest.mark.parametrize("engine", ["coexecution", "speculation"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_gradients_are_eagers(name: str, engine: str) -> None:
+    report = same(training(PROGRAMS[name]), STEPS, engine=engine)
+    assert report["graph_iterations"] > STEPS // 2
+
+
+@pytest.mark.usefixtures("reusing")
+@pytest.mark.parametrize("engine", ["coexecution", "speculation"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_gradients_are_eagers_where_memory_is_used_again(name: str, engine: str) -> None:
+    report = same(training(PROGRAMS[name]), STEPS, engine=engine)
+    assert report["graph_iterations"] > STEPS // 2
+
+
+@pytest.mark.usefixtures("reusing")
+@pytest.mark.parametrize("engine", ["coexecution", "speculation"])
+def test_gradients_are_eagers_where_the_device_goes_ahead(engine: str, ahead: list[int]) -> None:
+    same(training(clears_late), STEPS, engine=engine)
+    assert ahead
+
+
+@pytest.mark.usefixtures("reusing", "ahead")
+@pytest.mark.parametrize("name", ["keeps", "clears_late"])
+def test_harness_catches_gradients_in_memory_that_is_used_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = Installed.__post_init__
+
+    def copy_nothing(self: Installed) -> None:
+        prepare(self)
+        self.copied_exits = [False for _ in self.exits]
+
+    monkeypatch.setattr(Installed, "__post_init__", copy_nothing)
+    with pytest.raises(AssertionError, match="differences from eager"):
+        same(training(PROGRAMS[name]), STEPS, engine="coexecution")
+
+
+def test_harness_catches_gradients_that_are_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    save = GraphRunner._save
+    monkeypatch.setattr(
+        GraphRunner, "_save", lambda self, written: save(self, [v for v in written if v in self.program.statics])
+    )
+    with pytest.raises(AssertionError, match="differences from eager"):
+        same(training(accumulates), STEPS, engine="coexecution")
