@@ -1,7 +1,8 @@
 """A top-down TreeLSTM that generates trees: whether a node gets children is the network's own decision.
 
 After the top-down TreeLSTM of Zhang, Lu and Lapata (2016). The network is trained towards a given tree, in
-which it walks as long as it is inside; beyond the tree's leaves it should have stopped.
+which it walks as long as it is inside; beyond the tree's leaves it should have stopped. The function over the trees
+of a batch is decorated too, so that all of them are generated side by side.
 """
 
 import torch
@@ -48,6 +49,7 @@ def build(
         loss_right, nodes_right = generate(node.right if node is not None else None, hr, cr, depth + 1)
         return loss + loss_left + loss_right, 1 + nodes_left + nodes_right
 
+    @decorate
     def loss_of(batch: list[BinaryNode]) -> Tensor:
         loss = torch.zeros((), device=device)
         for tree in batch:

@@ -39,6 +39,7 @@ from twofold.report import Report
 from twofold.run.account import Account
 from twofold.run.builder import Builder
 from twofold.run.python_runner import PythonRunner
+from twofold.run.recursion import PENDING
 from twofold.run.speculation.cache import MISSED
 from twofold.run.speculation.speculator import Speculator
 
@@ -94,6 +95,8 @@ class _Driver:
         """Choose how the next unit runs."""
         self._signature = self.graph.signature()
         self._mode = self.next_mode(self._signature)
+        if self._mode is not Mode.IDLE:
+            PENDING.flush()  # results of recursive calls that the unit is given shall be ordinary tensors
         self._timing = self.builder.is_timing(self._likely) and self._mode is not Mode.RECORD
 
     def start(self) -> Mode:
@@ -295,6 +298,8 @@ class Function(Generic[P, R]):
             driver.between_units = None
             if driver.interception.active:
                 self._end_call()
+            elif driver.runner.in_unit:  # nothing more was heard of it
+                driver.end()
             return result
         except BaseException:
             driver.between_units = None

@@ -148,6 +148,10 @@ CODES: dict[str, Code] = {
         "the program raised an exception inside the unit; its state is what eager execution leaves",
         "Nothing to do if the exception is expected.",
     ),
+    "recursion": Code(
+        "a function of twofold.subgraph was called in the unit; its invocations ran batched, the rest eagerly",
+        "Nothing to do: the recursion is a graph of its own.",
+    ),
     "unsupported_call": Code(
         "a tensor call whose effect cannot be recorded",
         "Move the call out of the unit, or replace it; the line is named with the reason.",

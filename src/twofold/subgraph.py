@@ -6,18 +6,20 @@ import functools
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, overload
 from weakref import WeakKeyDictionary
 
 import torch
 
+from twofold.capture.intercept import heard_by_listener_alone, modes_taken_off, unwatch
 from twofold.convert.from_source import Converted, Outer, Recursive, Refusal, Refused, Slices, convert, slice_graph
 from twofold.errors import NotConvertibleError
 from twofold.graph import show
 from twofold.options import Options
-from twofold.run.recursion import Program, flush_before_steps
+from twofold.run.recursion import AbandonedError, Program, flush_before_steps
 
 MOST_PROGRAMS = 8
 """States of the outside world (modules in training or evaluation, callees) that programs are kept for."""
@@ -52,20 +54,35 @@ class SubGraphFunction(Recursive):
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Call the function: its tensors are computed when a value is needed, those of several calls together."""
-        plain = self._eager or self._thread != threading.get_ident() or _watched()
-        program = None if plain else self._ready()
-        if program is None:
-            first = [] if self.receiver is None else [self.receiver]
-            return self.function(*first, *arguments, **keywords)
-        if keywords or len(arguments) != len(self._signature.parameters):
-            bound = self._signature.bind(*arguments, **keywords)
-            bound.apply_defaults()
-            arguments = tuple(bound.arguments.values())
-        return program.call(arguments)
+        return self._call([(arguments, keywords)])[0]
 
-    def map(self, structures: Iterable[Any]) -> list[Any]:
-        """Return the results for each structure; their tensors are computed together."""
-        return [self(structure) for structure in structures]
+    def map(self, *structures: Iterable[Any]) -> list[Any]:
+        """Return the results for each structure, or each row of several iterables; their tensors are computed together.
+
+        Where the way through the function depends on values of tensors, so are those of several calls here alone.
+        """
+        return self._call([(arguments, {}) for arguments in zip(*structures, strict=False)])
+
+    def _call(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+        program = self._usable()
+        if program is not None:
+            try:
+                return program.call([self._positional(*call) for call in calls])
+            except AbandonedError:
+                with _plainly():
+                    return self._call_plainly(calls)
+        return self._call_plainly(calls)
+
+    def _call_plainly(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+        first = [] if self.receiver is None else [self.receiver]
+        return [self.function(*first, *arguments, **keywords) for arguments, keywords in calls]
+
+    def _positional(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Sequence[Any]:
+        if not keywords and len(arguments) == len(self._signature.parameters):
+            return arguments
+        bound = self._signature.bind(*arguments, **keywords)
+        bound.apply_defaults()
+        return tuple(bound.arguments.values())
 
     @property
     def unbatched(self) -> dict[str, int]:
@@ -82,10 +99,21 @@ class SubGraphFunction(Recursive):
         except Refused as refused:
             raise NotConvertibleError(str(refused.refusal)) from None
 
+    def _usable(self) -> Program | None:
+        """Return the program that the call may run by; None if it has to be plain Python."""
+        if self.refusal is not None or self._eager or _plain.calls or self._thread != threading.get_ident():
+            return None
+        if not _watched():
+            return self._ready()
+        if not heard_by_listener_alone() or _changed():
+            return None
+        with modes_taken_off():
+            program = self._ready()
+        reason = f"{self.function.__name__} is recursive, and runs batched"
+        return program if program is not None and unwatch("recursion", reason) else None
+
     def _ready(self) -> Program | None:
         """Return the program for the outside world as it is; None if the function is refused."""
-        if self.refusal is not None:
-            return None
         for world, program in self._programs:
             if world.holds():
                 return program
@@ -148,14 +176,32 @@ def _unchanged(outer: Outer) -> bool:
     return now is outer.object or (type(now) is type(outer.object) in _COMPARED and now == outer.object)
 
 
+class _Plain(threading.local):
+    calls = 0
+    """Calls in progress that run as plain Python, with all that they call."""
+
+
+_plain = _Plain()
+
+
+@contextmanager
+def _plainly() -> Generator[None]:
+    _plain.calls += 1
+    try:
+        yield
+    finally:
+        _plain.calls -= 1
+
+
 def _watched() -> bool:
     """Say whether something wants to see each operation, or changes what it does: then calls run as plain Python."""
+    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or _changed())
+
+
+def _changed() -> bool:
+    """Say whether operations do something else than usual in this thread."""
     return bool(
-        torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_any_autocast_enabled()
-        or torch.is_inference_mode_enabled()
-        or torch.compiler.is_compiling()
+        torch._C._is_any_autocast_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling()
     )
 
 

@@ -18,7 +18,8 @@ from tests.equivalence.recursive_programs import (
     child_sum,
     memoised,
 )
-from tests.hazards.programs import runs_as_graph, training
+from tests.hazards.programs import runs_as_graph, same, summary, training
+from twofold.run.recursion import Deferred
 
 
 def strict(function: Any) -> Any:
@@ -298,14 +299,95 @@ def test_trees_that_share_nodes_count_them_as_often_as_plain_python() -> None:
     both(run)
 
 
-def test_under_modes_that_watch_operations_calls_are_plain() -> None:
+def test_under_autocast_calls_are_plain() -> None:
     encode, _ = sum_of_words(strict)
     expected = encode(balanced(2)).detach()
-    step = twofold.function(lambda tree: encode(tree).sum(), background=False)
     with torch.autocast("cpu"):
-        torch.testing.assert_close(encode(balanced(2)).detach(), expected)
-    for _ in range(4):
-        torch.testing.assert_close(step(balanced(2)).detach(), expected.sum())
+        result = encode(balanced(2))
+        assert type(result) is torch.Tensor
+        torch.testing.assert_close(result.detach(), expected)
+
+
+class Training:
+    """A loop of training steps: some recursive, some not."""
+
+    def __init__(self, decorate: Decorate) -> None:
+        self.encode, self.embedding = sum_of_words(decorate)
+        self.head = nn.Linear(HIDDEN, 1)
+        nn.init.constant_(self.head.weight, 0.3)
+        nn.init.constant_(self.head.bias, 0.1)
+        self.optimizer = torch.optim.SGD([*self.embedding.parameters(), *self.head.parameters()], lr=0.1)
+        self.waited: list[bool] = []
+        self.losses: list[torch.Tensor] = []
+
+    def step(self, trees: list[Tree]) -> None:
+        self.optimizer.zero_grad()
+        loss = self.head(torch.full((HIDDEN,), 0.5)).sum()
+        for tree in trees:
+            state = self.encode(tree)
+            self.waited.append(isinstance(state, Deferred))
+            loss = loss + self.head(state).sum()
+        loss.backward()
+        self.optimizer.step()
+        self.losses.append(loss.detach())
+
+    def state(self) -> list[torch.Tensor]:
+        return [*self.losses, *(p.detach() for p in (self.embedding.weight, *self.head.parameters()))]
+
+
+BATCHES = [[balanced(2), balanced(1)] if number % 3 else [] for number in range(12)]
+
+
+def as_function(training: Training) -> dict[str, Any]:
+    step = twofold.function(training.step, background=False, backend="replay")
+    for trees in BATCHES:
+        step(trees)
+    return twofold.report(step).to_dict()
+
+
+def as_program(training: Training) -> dict[str, Any]:
+    with twofold.program(background=False, backend="replay") as program:
+        for trees in BATCHES:
+            training.step(trees)
+    return twofold.report(program).to_dict()
+
+
+@pytest.mark.parametrize("way", [as_function, as_program])
+def test_recursion_runs_batched_in_units_which_then_are_eager(way: Any) -> None:
+    plainly, decorated = Training(plain), Training(strict)
+    for trees in BATCHES:
+        plainly.step(trees)
+    report = way(decorated)
+    torch.testing.assert_close(decorated.state(), plainly.state())
+    assert all(decorated.waited)
+    assert {"recursion"} <= {fallback["code"] for fallback in report["fallbacks"]}
+    assert report["iterations"] >= len(BATCHES)
+
+
+def test_a_waiting_result_is_given_to_a_unit_that_runs_as_a_graph() -> None:
+    encode, _ = sum_of_words(strict)
+    step = twofold.function(lambda state: (state * 2.0).tanh(), background=False, backend="replay")
+    for number in range(6):
+        tree = balanced(number % 3)
+        expected = (encode(tree).detach().clone() * 2.0).tanh()
+        torch.testing.assert_close(step(encode(tree).detach() if number % 2 else encode(tree)).detach(), expected)
+    assert twofold.report(step).to_dict()["graph_iterations"] > 0
+
+
+@pytest.mark.parametrize("way", [as_function, as_program])
+def test_an_exception_in_a_unit_with_recursion(way: Any) -> None:
+    training = Training(strict)
+    broken = balanced(1)
+    broken.children = 3  # type: ignore[assignment]
+    for _ in range(3):
+        with pytest.raises(TypeError, match="not iterable"):
+            training.step([balanced(1), broken])
+        step = twofold.function(training.step, background=False, backend="replay")
+        with pytest.raises(TypeError, match="not iterable"):
+            step([balanced(1), broken])
+        step([balanced(1)])
+    way(training)
+    assert all(torch.isfinite(loss) for loss in training.losses)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -411,6 +493,33 @@ def test_the_host_computes_with_kept_results() -> None:
     both(run)
 
 
+class Scorer:
+    """No module: an object whose method is recursive."""
+
+    def __init__(self) -> None:
+        self.weight = torch.linspace(-1.0, 1.0, HIDDEN).requires_grad_()
+
+    def score(self, node: Any) -> torch.Tensor:
+        inner = sum([self.score(child) for child in node.children], torch.zeros(HIDDEN))
+        return torch.tanh(inner + self.weight) * node.word
+
+
+def test_methods_of_plain_objects_in_comprehensions() -> None:
+    class Decorated(Scorer):
+        score = twofold.subgraph(strict=True)(Scorer.score)
+
+    found: list[list[torch.Tensor]] = []
+    for scorer in (Decorated(), Scorer()):
+        results: list[torch.Tensor] = []
+        for _ in range(3):
+            scorer.weight.grad = None
+            result = scorer.score(balanced(2))
+            result.sum().backward()
+            results += [result.detach(), scorer.weight.grad]
+        found.append(results)
+    torch.testing.assert_close(*found)
+
+
 def test_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TWOFOLD_ENGINE", "eager")
     encode, _ = sum_of_words(strict)
@@ -426,6 +535,37 @@ def test_calls_in_another_thread_are_plain() -> None:
     thread.join()
     assert type(found[0]) is torch.Tensor
     torch.testing.assert_close(found[0], waiting)
+
+
+@pytest.mark.parametrize("converts", [True, False])
+def test_a_recursive_call_is_never_left_out_where_calls_run_without_their_python(converts: bool) -> None:
+    """Speculated on is the side of a branch that has no recursion; `converts`: whether the recursion runs batched."""
+    kept: list[list[Tree]] = []
+
+    def make(parts: Any) -> Any:
+        visited = parts.seen["visited"] = []
+        kept.append(visited)
+
+        @twofold.subgraph
+        def encode(node: Any) -> torch.Tensor:
+            visited.append(node.word)
+            if not converts:
+                import math  # noqa: F401 - which no graph has
+            state = parts.model[0].weight.sum() * node.word
+            for child in node.children:
+                state = state + encode(child)
+            return state
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            if number % 7 == 6:
+                return parts.train(x, y), encode(balanced(1, number)).detach() * 1.0
+            return parts.train(x, y), None
+
+        return step
+
+    report = same(training(make), 42, engine="speculation")
+    assert report["speculated_iterations"] >= 12, summary(report)
+    assert [len(visited) for visited in kept] == [18, 18]
 
 
 def test_units_run_as_graphs_beside_recursion() -> None:

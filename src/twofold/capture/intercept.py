@@ -59,10 +59,14 @@ class Listener(Protocol):
     def foreign_call(self, code: str, what: str) -> None:
         """Take note that code is about to run whose tensor work cannot be followed."""
 
+    def unwatch(self, code: str, what: str) -> None:
+        """Take note that the rest of the unit runs unheard."""
+
 
 class _Current(threading.local):
     listener: Listener | None = None
     mode: _FunctionMode | None = None
+    interception: Interception | None = None
 
 
 _current = _Current()
@@ -115,6 +119,7 @@ class Interception:
         self._functions.__enter__()
         _current.listener = self._listener
         _current.mode = self._functions
+        _current.interception = self
         self.active = True
 
     def stop(self) -> bool:
@@ -139,6 +144,21 @@ def saved_tensor_hooks_in_force() -> bool:
 def current_listener() -> Listener | None:
     """Return who listens in this thread, if anyone does."""
     return _current.listener
+
+
+def heard_by_listener_alone() -> bool:
+    """Whether this thread's listener hears what is called, and no mode of the program's own does."""
+    alone = _mode_count() == 1 and torch._C._len_torch_dispatch_stack() == 1
+    return alone and _current.listener is not None and _hears_first()
+
+
+def unwatch(code: str, what: str) -> bool:
+    """Have the rest of the unit run unheard. False, and nothing done, if other modes than the listener's are on."""
+    if not heard_by_listener_alone():
+        return False
+    _tell(lambda listener: listener.unwatch(code, what))
+    assert _current.interception is not None
+    return _current.interception.stop()
 
 
 class unheard:

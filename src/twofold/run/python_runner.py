@@ -4,8 +4,8 @@ While it follows the TraceGraph, each tensor call is checked against the expecte
 Where the program leaves the known paths, `leave` turns the unit back into an eager one: the calls made so far are run
 for real, and the rest of the unit runs eagerly under the recorder.
 
-At any time the runner is in one of three states: following (`_node` is set), recording (`_recorder` is set), or
-idle, when calls pass through untouched.
+At any time the runner is in one of four states: following (`_node` is set), recording (`_recorder` is set), hearing
+no more of a unit that it heard the beginning of (`_unheard` is set), or idle, when calls pass through untouched.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class PythonRunner:
         self._placeholders = graph.placeholders
         self._node: PathNode | None = None
         self._recorder: Recorder | None = None
+        self._unheard: Trace | None = None
         self._signature: Signature = ()
         self._unit = FollowedUnit(graph, account)
         self._stepping: Optimizer | None = None
@@ -71,7 +72,9 @@ class PythonRunner:
 
     @property
     def in_unit(self) -> bool:
-        """Whether the unit has seen a call."""
+        """Whether the unit has seen a call, or hears no more of what it does."""
+        if self._unheard is not None:
+            return True
         if self._node is not None:
             return self._node.parent is not None
         return self._recorder is not None and bool(self._recorder.trace.events or self._recorder.trace.refusal)
@@ -83,6 +86,9 @@ class PythonRunner:
                 self._finish_graph(self._node)
             if self._recorder is not None:
                 self._finish_trace()
+        if self._unheard is not None:
+            trace, self._unheard = self._unheard, None
+            self._on_end(None, trace, self._signature)
 
     def drop(self) -> None:
         """End a unit that is no unit, without a trace: all that it did was done eagerly."""
@@ -107,6 +113,9 @@ class PythonRunner:
                 trace = self._recorder.finish()
             self._recorder = None
             self.account.eager_calls += len(trace.events)
+            self._on_end(None, None, self._signature)
+        if self._unheard is not None:
+            self._unheard = None
             self._on_end(None, None, self._signature)
 
     def _finish_graph(self, node: PathNode) -> None:
@@ -217,6 +226,15 @@ class PythonRunner:
             self.leave(code, what)
         if self._recorder is not None:
             self._recorder.refuse(code, what, user_origin())
+
+    def unwatch(self, code: str, what: str) -> None:
+        """Nothing more of the unit will be heard, which refuses it; see `Listener`."""
+        self.foreign_call(code, what)
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            with unheard():
+                self._unheard = recorder.finish()
+            self.account.eager_calls += len(self._unheard.events)
 
     def host_work(self) -> None:
         """Library code runs unheard: random numbers must be drawn in eager's order; see `Listener`."""

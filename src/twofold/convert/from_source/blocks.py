@@ -1,21 +1,22 @@
-"""Blocks: what tensors compute in one invocation, as straight-line code.
+"""What a block is, and which nodes of a function are part of one.
 
 The host decides, invocation by invocation, which side of each choice is taken and how often each loop runs. One
 sequence of decisions makes one block: choices resolved, loops unrolled, helpers inlined. All invocations with the same
 decisions run the same block, and so can run it together.
 
-`Walk` defines the order in which decisions, operands and host values occur; the planner that `planner` generates
-follows it.
+Where a recursive call is given tensors, or the host reads the value of one, an invocation is *cut*: what is computed
+up to there is a block by itself, a piece, whose results later blocks of the invocation and the callee take as they
+take results of invocations. `walk` makes blocks and cuts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from twofold.convert.targets import method
-from twofold.graph import Argument, Constant, Node, SubGraph, Value, map_values, values_in
+from twofold.graph import Node, SubGraph, Value, values_in
 
 from .convert import Converted
 from .slices import Kind, Slices
@@ -23,7 +24,7 @@ from .slices import Kind, Slices
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that a block takes: result number `result` of its invocation number `invocation`, a call of `callee`."""
+    """A tensor that a block takes: result number `result` of its source number `invocation`, a call of `callee`."""
 
     invocation: int
     callee: str
@@ -46,7 +47,22 @@ class Block:
     hosts: int
     results: tuple[int, ...]
     callees: tuple[str, ...]
-    """The function called by each invocation, in order."""
+    """The function called by each invocation that it takes results from, in order. Pieces count as such."""
+    sources: tuple[int, ...]
+    """Which of the invocations and pieces met up to here these are."""
+    places: tuple[int, ...]
+    """Which of the host values met up to here it takes."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is to be computed before an invocation goes on: `blocks`, each a source from then on.
+
+    `wanted` says where the values are that the host reads; the sources of these count from the first one met.
+    """
+
+    blocks: tuple[Block, ...]
+    wanted: tuple[Operand, ...]
 
 
 def in_tensor_slice(node: Node, slices: Slices) -> bool:
@@ -70,6 +86,7 @@ def matters(body: SubGraph, slices: Slices) -> bool:
     return any(
         node.op == "invoke"
         or id(node) in slices.exports
+        or id(node) in slices.fetches
         or (
             any(matters(nested, slices) for nested in node.subgraphs)
             if node.subgraphs
@@ -82,6 +99,7 @@ def matters(body: SubGraph, slices: Slices) -> bool:
 def decides(node: Node, slices: Slices) -> bool:
     """Say whether a choice or loop is one of a block's decisions."""
     joined = any(slices.kinds[result] is Kind.TENSOR for result in node.results)
+    joined = joined or (node.op == "while" and id(node) in slices.fetches)
     return joined or any(matters(body, slices) for body in node.subgraphs)
 
 
@@ -97,133 +115,36 @@ def handed_over(node: Node, slices: Slices) -> list[Value]:
     return [value for value in node.operands if slices.kinds[value] is Kind.TENSOR]
 
 
+def read_by_host(node: Node, slices: Slices) -> list[Value]:
+    """Return the tensors whose values the host reads at a node."""
+    if id(node) not in slices.fetches:
+        return []
+    if node.op == "while":
+        values = values_in(node.subgraphs[0].outputs)
+    else:
+        values = values_in(node.arguments[0]) if node.op == "if" else node.operands
+    return list(dict.fromkeys(value for value in values if slices.kinds[value] is Kind.TENSOR))
+
+
+def tensor_parameters(body: SubGraph, slices: Slices) -> tuple[int, ...]:
+    """Return which inputs of a function's body are tensors."""
+    return tuple(index for index, value in enumerate(body.inputs) if slices.kinds[value] is Kind.TENSOR)
+
+
+def is_cut(converted: Converted, slices: Slices, body: SubGraph) -> bool:
+    """Say whether invocations of a function are cut, or take tensors from their callers."""
+    subgraphs = converted.graph.subgraphs
+
+    def cuts(node: Node) -> bool:
+        passes = node.op == "invoke" and tensor_parameters(subgraphs[str(node.target)], slices)
+        return bool(passes) or id(node) in slices.fetches or any(map(cuts_in, node.subgraphs))
+
+    def cuts_in(body: SubGraph) -> bool:
+        return any(map(cuts, body.nodes))
+
+    return bool(tensor_parameters(body, slices)) or cuts_in(body)
+
+
 def tensor_results(body: SubGraph, slices: Slices) -> tuple[int, ...]:
     """Return which outputs of a function's body are tensors."""
     return tuple(index for index, output in enumerate(body.outputs) if slices.given(output) is Kind.TENSOR)
-
-
-def make_block(converted: Converted, slices: Slices, function: str, decisions: tuple[Any, ...]) -> Block:
-    """Build the block of a function for one sequence of decisions."""
-    return _Walk(converted, slices, function, decisions).block()
-
-
-@dataclass
-class _Walk:
-    converted: Converted
-    slices: Slices
-    function: str
-    decisions: tuple[Any, ...]
-    bound: dict[Value, Argument] = field(default_factory=dict[Value, Argument])
-    nodes: list[Node] = field(default_factory=list[Node])
-    operands: dict[Operand, Value] = field(default_factory=dict[Operand, Value])
-    hosts: list[Value] = field(default_factory=list[Value])
-    exports: list[Argument] = field(default_factory=list[Argument])
-    callees: list[str] = field(default_factory=list[str])
-    names: int = 0
-
-    def block(self) -> Block:
-        """Walk the function's body."""
-        body = self.converted.graph.subgraphs[self.function]
-        self._rest = iter(self.decisions)
-        self._body(body)
-        results = tensor_results(body, self.slices)
-        outputs = [self._joined(body.outputs[index]) for index in results]
-        used = {value for node in self.nodes for value in node.operands}
-        used.update(value for output in (*outputs, *self.exports) for value in values_in(output))
-        operands = {operand: value for operand, value in self.operands.items() if value in used}
-        name = f"{self.function}.{'.'.join(str(decision) for decision in self.decisions)}".rstrip(".")
-        linear = SubGraph(name, (*operands.values(), *self.hosts), tuple(self.nodes), (*outputs, *self.exports))
-        numbers = (*results, *(-1 - index for index in range(len(self.exports))))
-        return Block(
-            self.function, self.decisions, linear, tuple(operands), len(self.hosts), numbers, tuple(self.callees)
-        )
-
-    def _fresh(self) -> Value:
-        self.names += 1
-        return Value(str(self.names), None)
-
-    def _body(self, body: SubGraph) -> None:
-        for node in body.nodes:
-            match node.op:
-                case "if":
-                    self._if(node)
-                case "loop":
-                    self._loop(node)
-                case "invoke":
-                    for index, result in enumerate(node.results):
-                        operand = Operand(len(self.callees), str(node.target), index)
-                        self.bound[result] = self.operands[operand] = self._fresh()
-                    self.callees.append(str(node.target))
-                case _:
-                    self._plain(node)
-
-    def _if(self, node: Node) -> None:
-        if not decides(node, self.slices):
-            return
-        side = node.subgraphs[0 if next(self._rest) else 1]
-        self._body(side)
-        for result, output in zip(node.results, side.outputs, strict=True):
-            self._bind(result, output)
-
-    def _loop(self, node: Node) -> None:
-        if not decides(node, self.slices):
-            return
-        (body,) = node.subgraphs
-        carried = body.inputs[1:]
-        held = node.arguments[1:]
-        for value, first in zip(carried, held, strict=True):
-            self._bind(value, first)
-        for _ in range(next(self._rest)):
-            self._body(body)
-            after = [self._value(value, output) for value, output in zip(carried, body.outputs, strict=True)]
-            self.bound.update((v, a) for v, a in zip(carried, after, strict=True) if a is not None)
-        for result, value in zip(node.results, carried, strict=True):
-            if value in self.bound:
-                self.bound[result] = self.bound[value]
-
-    def _bind(self, value: Value, argument: Argument) -> None:
-        held = self._value(value, argument)
-        if held is not None:
-            self.bound[value] = held
-
-    def _value(self, value: Value, argument: Argument) -> Argument | None:
-        """Return what a value of the tensor slice is bound to; None if it is the host's."""
-        if self.slices.kinds[value] is Kind.TENSOR:
-            return self._joined(argument)
-        return self._argument(argument) if self.slices.kinds[value] is Kind.MIXED else None
-
-    def _joined(self, argument: Argument) -> Argument:
-        """Return an argument that becomes a tensor value: a host value among its sources is an input of the block."""
-        if isinstance(argument, Value) and self.slices.kinds[argument] is Kind.HOST:
-            return self._host()
-        return self._argument(argument)
-
-    def _host(self) -> Value:
-        value = self._fresh()
-        self.hosts.append(value)
-        return value
-
-    def _plain(self, node: Node) -> None:
-        if id(node) in self.slices.exports:
-            self.exports += [self._argument(value) for value in handed_over(node, self.slices)]
-        if not in_tensor_slice(node, self.slices):
-            return
-        taken = {value: self._host() for value in dict.fromkeys(host_values(node, self.slices))}
-
-        def rename(argument: Argument) -> Argument:
-            return map_values(argument, lambda value: taken[value] if value in taken else self._argument(value))
-
-        results = tuple(self._fresh() for _ in node.results)
-        arguments = tuple(rename(argument) for argument in node.arguments)
-        keywords = tuple((name, rename(argument)) for name, argument in node.keywords)
-        self.nodes.append(replace(node, arguments=arguments, keywords=keywords, results=results))
-        self.bound.update(zip(node.results, results, strict=True))
-
-    def _argument(self, argument: Argument) -> Argument:
-        return map_values(argument, self._bound)
-
-    def _bound(self, value: Value) -> Argument:
-        if value in self.bound:
-            return self.bound[value]
-        held = self.slices.fixed[value]
-        return held if type(held) in (int, float, bool, str, type(None)) else Constant(held)

@@ -8,6 +8,7 @@ by tensors and which by Python is decided afterwards, in `slices`.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from twofold.convert.refusals import Refused
 from twofold.graph import Graph, GraphBuilder, SubGraphBuilder, Value
 
 from .functions import Function, Outer, Recursive, Source
-from .scope import count_results
+from .scope import flatten, result_form
 from .statements import Body
 
 
@@ -61,17 +62,19 @@ class Converter:
         if known is not None:
             return known
         source = Source.of(recursive.function)
+        if source.definition.args.vararg or source.definition.args.kwarg:
+            raise source.refuse("unsupported_syntax", "*arguments or **keywords", source.definition)
         names = list(source.signature.parameters)
         parameters = tuple(names if recursive.receiver is None else names[1:])
         try:
-            results = count_results(source.definition)
+            form = result_form(source.definition, lambda node: _named(source, node))
         except ValueError as error:
             raise source.refuse("inconsistent_results", str(error), source.definition) from None
         name = source.function.__name__
         while name in self._builders:
             name += "_"
-        function = Function(name, source, parameters, results, recursive)
-        self._builders[name] = self._builder.declare(name, dict.fromkeys(parameters), [None] * (results or 1))
+        function = Function(name, source, parameters, form, recursive)
+        self._builders[name] = self._builder.declare(name, dict.fromkeys(parameters), flatten(form))
         self._functions[recursive.identity] = function
         self._waiting.append(function)
         return function
@@ -93,7 +96,7 @@ class Converter:
             variables[next(iter(source.signature.parameters))] = Outer.fixed("self", receiver)
         body = Body(self, source, builder, variables)
         held = body.whole(source.definition.body)
-        outputs = [held] if function.results is None else body.items(source.definition, held, function.results)
+        outputs = body.parts(source.definition, held, function.form)
         builder.finish([body.use(output) for output in outputs])
 
     def outer(self, held: Outer) -> Value:
@@ -118,3 +121,11 @@ class Converter:
             yield
         finally:
             self._open.pop()
+
+
+def _named(source: Source, node: ast.expr) -> Any:
+    """Return the object outside that an expression names; None if there is none."""
+    if isinstance(node, ast.Attribute):
+        return getattr(_named(source, node.value), node.attr, None)
+    outer = source.outer(node.id) if isinstance(node, ast.Name) else None
+    return None if outer is None else outer.object

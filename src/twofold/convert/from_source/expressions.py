@@ -15,7 +15,7 @@ from twofold.convert.targets import apply, method, unpack
 from twofold.graph import UnnamedCallableError, Value, qualified_name
 
 from .functions import Outer, Recursive, Source
-from .scope import UNDEFINED
+from .scope import UNDEFINED, Record, record_keys
 
 _BINARY: dict[type[ast.operator], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -114,6 +114,14 @@ class Expressions(ABC):
     def inline(self, at: ast.AST, callee: Outer, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         """Convert a call of a Python function by its source."""
 
+    @abstractmethod
+    def record(self, at: ast.AST, callee: Outer, arguments: list[Any], keywords: dict[str, Any]) -> Record:
+        """Convert the making of an object that only holds its parts."""
+
+    @abstractmethod
+    def inline_local(self, at: ast.AST, callee: Any, arguments: list[Any], keywords: dict[str, Any]) -> Any:
+        """Convert a call of a function made inside."""
+
     def convert(self, node: ast.expr) -> Any:
         """Return what an expression holds: an Argument, an `Outer`, or nested tuples of these."""
         convert = getattr(self, f"_{type(node).__name__}", None)
@@ -143,6 +151,8 @@ class Expressions(ABC):
 
     def attribute(self, holder: Any, name: str, node: ast.AST) -> Any:
         """Return an attribute of what an expression holds."""
+        if isinstance(holder, Record) and name in holder.keys and holder.kind is not dict:
+            return holder.values[holder.keys.index(name)]
         if isinstance(holder, Outer) and isinstance(holder.object, STATIC_HOLDERS):
             try:
                 return holder.attribute(name)
@@ -156,9 +166,13 @@ class Expressions(ABC):
             key: Any = self._Slice(node.slice)
         else:
             key = self.value(node.slice)
+        if isinstance(holder, Record) and type(key) is str and key in holder.keys and holder.kind is dict:
+            return holder.values[holder.keys.index(key)]
+        if isinstance(holder, Record) and holder.is_tuple:
+            holder = holder.values
         if type(holder) is tuple and type(key) in (int, slice) and not any(isinstance(k, Value) for k in [key]):
             try:
-                return holder[key]
+                return holder[key]  # pyright: ignore[reportCallIssue, reportArgumentType]
             except IndexError:
                 pass
         return self.node(node, "get_item", (self.use(holder), key))
@@ -290,14 +304,20 @@ class Expressions(ABC):
         holder = self.convert(node.value)
         if isinstance(holder, Outer) and isinstance(holder.object, STATIC_HOLDERS):
             return self.attribute(holder, node.attr, node)
+        if isinstance(holder, Outer) and isinstance(getattr(type(holder.object), node.attr, None), Recursive):
+            return holder.attribute(node.attr)
         return holder, node.attr
 
     def call_held(self, node: ast.Call, callee: Any, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         """Convert a call of something held."""
+        if hasattr(callee, "definition"):
+            return self.inline_local(node, callee, arguments, keywords)
         if not isinstance(callee, Outer):
             return self.call(node, apply, self.use(callee), *arguments, **keywords)
         target = callee.object
         self.assume(callee)
+        if record_keys(target) is not None:
+            return self.record(node, callee, arguments, keywords)
         if isinstance(target, Recursive):
             return self.invoke(node, target, arguments, keywords)
         if target in (tuple, list) and len(arguments) == 1 and type(arguments[0]) is tuple:
@@ -312,6 +332,7 @@ class Expressions(ABC):
 
     def items(self, node: ast.AST, held: Any, count: int) -> tuple[Any, ...]:
         """Return the `count` items that an assignment to several targets unpacks."""
+        held = held.values if isinstance(held, Record) and held.is_tuple else held
         if type(held) in (tuple, list) and len(held) == count:
             return tuple(held)
         items = self.call(node, unpack, self.use(held), count)

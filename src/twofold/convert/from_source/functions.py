@@ -93,6 +93,12 @@ class Source:
         """The function's parameters."""
         return inspect.signature(self.function)
 
+    def assignments(self, name: str) -> int:
+        """Return in how many places a variable is given a value, parameters counted."""
+        nodes = list(ast.walk(self.definition))
+        stores = sum(isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id == name for n in nodes)
+        return stores + sum(isinstance(n, ast.arg) and n.arg == name for n in nodes)
+
     def outer(self, name: str) -> Outer | None:
         """Return what a free name refers to: a variable of an enclosing function, a global or a builtin."""
         code, closure = self.function.__code__, self.function.__closure__ or ()
@@ -111,11 +117,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Function:
-    """A function that became a SubGraph: its name, its parameters' names and how many results it lists."""
+    """A function that became a SubGraph: its name, its parameters' names and the form of what it returns.
+
+    `form` has None for each result of the SubGraph.
+    """
 
     name: str
     source: Source
     parameters: tuple[str, ...]
-    results: int | None
-    """How many results a tuple lists; None for one that is no tuple."""
+    form: Any
     recursive: Recursive

@@ -11,7 +11,12 @@ are computed from, and the tensors that the host keeps:
     emit(block, invocations, host_values, kept)
 
 Where all decisions are choices, the code after a choice is written once for each side, and the block of each way
-through is known in advance. Otherwise decisions are collected in a list and the block is looked up.
+through is known in advance. Otherwise, and where a function is cut, decisions are collected in a list and the block is
+looked up. `cut` emits the pieces and arguments that a call is given.
+
+Where the host reads values of tensors there is a third form, `wave_f`, alone: a generator function that also waits for
+these. A call is then handed a frame at once, whose results are waited for where they are used, so that calls next to
+one another get on together.
 """
 
 from __future__ import annotations
@@ -20,11 +25,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from twofold.convert.python_text import operation
-from twofold.graph import Argument, Constant, Node, SubGraph, Value
+from twofold.graph import Argument, Node, SubGraph, Value, values_in
 
-from .blocks import decides, handed_over, host_values, in_host_slice, in_tensor_slice, tensor_results
+from .blocks import (
+    decides,
+    handed_over,
+    host_values,
+    in_host_slice,
+    in_tensor_slice,
+    is_cut,
+    read_by_host,
+    tensor_parameters,
+    tensor_results,
+)
 from .convert import Converted
+from .planner_text import PlannerText
 from .slices import Kind, Slices
 
 MOST_WAYS = 32
@@ -49,13 +64,12 @@ def planner_source(
     """Return the planners of a function.
 
     `block_of` returns what `emit` is to be told for a sequence of decisions. `runtime` has `emit`; `keep`, which
-    makes the object that the host keeps in place of a tensor that is not there yet; and `drive`, which runs a
-    generator planner.
+    makes the object that the host keeps in place of a tensor that is not there yet; `drive`, which runs a
+    generator planner; and `cut`, `fetch` and `finish`, see `run.recursion.pieces`.
     """
     objects: dict[str, Any] = dict(runtime)
-    texts = [
-        _Generator(converted, slices, function, block_of, objects, recursive).text() for recursive in (True, False)
-    ]
+    forms = ("wave",) if slices.fetches else ("walk", "plan")
+    texts = [_Generator(converted, slices, function, objects, form, block_of=block_of).planner() for form in forms]
     return PlannerSource("\n".join(texts), objects)
 
 
@@ -70,83 +84,28 @@ class _Way:
 
 
 @dataclass
-class _Generator:
-    converted: Converted
-    slices: Slices
-    function: str
-    block_of: Callable[[tuple[Any, ...]], Any]
-    objects: dict[str, Any]
-    recursive: bool
-    lines: list[str] = field(default_factory=list[str])
-    depth: int = 1
-    names: dict[Value, str] = field(default_factory=dict[Value, str])
-    handed: dict[Value, str] = field(default_factory=dict[Value, str])
-    count: int = 0
+class _Generator(PlannerText):
+    block_of: Callable[[tuple[Any, ...]], Any] = field(kw_only=True)
 
-    def text(self) -> str:
+    def planner(self) -> str:
         """Generate the planner."""
         body = self.converted.graph.subgraphs[self.function]
-        self.looked_up = _has_loop(body, self.slices) or _ways(body, self.slices) > MOST_WAYS
-        parameters = [self._name(v) for v in body.inputs if self.slices.kinds[v] is not Kind.TENSOR]
-        if self.recursive:
-            self._line("if not levels:")
-            self._line(f"    return drive(plan_{self.function}({', '.join(parameters)}))")
+        self.cut = is_cut(self.converted, self.slices, body) or self.form == "wave"
+        self.looked_up = self.cut or _has_loop(body, self.slices) or _ways(body, self.slices) > MOST_WAYS
+        parameters = [self.name(v) for v in body.inputs if self.slices.kinds[v] is not Kind.TENSOR]
+        given = ["given"] if tensor_parameters(body, self.slices) else []
+        parameters += given
+        if self.form == "walk":
+            self.line("if not levels:")
+            self.line(f"    return drive(plan_{self.function}({', '.join(parameters)}))")
         if self.looked_up:
-            self._line("decisions = []; invocations = []; hosts = []; kept = []")
+            self.line(f"decisions = []; invocations = [{', '.join(given)}]; hosts = []; kept = []")
+        if self.form == "wave":
+            self.line("if False: yield")
         self._continue([(body, 0, self._finish)], _Way())
-        if self.recursive:
-            head = f"def walk_{self.function}({', '.join([*parameters, 'levels'])}):\n"
-        else:
-            head = f"def plan_{self.function}({', '.join(parameters)}):\n"
+        levels = ["levels"] if self.form == "walk" else []
+        head = f"def {self.form}_{self.function}({', '.join([*parameters, *levels])}):\n"
         return head + "\n".join(self.lines) + "\n"
-
-    # Names and lines.
-
-    def _line(self, text: str) -> None:
-        self.lines.append("    " * self.depth + text)
-
-    def _name(self, value: Value) -> str:
-        if value not in self.names:
-            self.names[value] = self._new("v")
-        return self.names[value]
-
-    def _new(self, letter: str) -> str:
-        self.count += 1
-        return f"{letter}{self.count}"
-
-    def _object(self, held: Any) -> str:
-        for name, known in self.objects.items():
-            if known is held:
-                return name
-        name = f"c{len(self.objects)}"
-        self.objects[name] = held
-        return name
-
-    def _text(self, argument: Argument) -> str:
-        """Return the expression of an argument; tensors are None."""
-        if isinstance(argument, Value):
-            return self._value(argument)
-        if isinstance(argument, tuple):
-            return f"({''.join(self._text(item) + ', ' for item in argument)})"
-        if isinstance(argument, list):
-            return f"[{', '.join(self._text(item) for item in argument)}]"
-        if isinstance(argument, dict):
-            return f"{{{', '.join(f'{self._text(k)}: {self._text(v)}' for k, v in argument.items())}}}"
-        if isinstance(argument, slice):
-            return f"slice({self._text(argument.start)}, {self._text(argument.stop)}, {self._text(argument.step)})"
-        if isinstance(argument, Constant):
-            return self._object(argument.object)
-        return repr(argument) if type(argument) in (int, str, bool, type(None)) else self._object(argument)
-
-    def _value(self, value: Value) -> str:
-        if self.slices.kinds[value] is Kind.TENSOR:
-            return self.handed.get(value, "None")
-        if value in self.slices.fixed:
-            held = self.slices.fixed[value]
-            return repr(held) if type(held) in (int, str, bool, type(None)) else self._object(held)
-        if value in self.converted.outer:
-            return f"{self._object(self.converted.outer[value].read)}()"
-        return self._name(value)
 
     # Bodies. What follows a node is a list of (body, next node, what to do at its end).
 
@@ -167,6 +126,8 @@ class _Generator:
                 way = self._choice(node, way)
             elif node.op == "loop":
                 way = self._loop(node, way)
+            elif node.op == "while":
+                way = self._while(node, way)
             elif node.op == "invoke":
                 way = self._invoke(node, way)
             else:
@@ -174,10 +135,10 @@ class _Generator:
 
     def _fork(self, node: Node, work: list[tuple[SubGraph, int, Any]], way: _Way) -> None:
         """Generate both sides of a choice, each with all that follows."""
-        self._line(f"if {self._text(node.arguments[0])}:")
+        self.line(f"if {self.text(node.arguments[0])}:")
         for side, decision in zip(node.subgraphs, (1, 0), strict=True):
             if decision == 0:
-                self._line("else:")
+                self.line("else:")
             self.depth += 1
 
             def at_end(way: _Way, side: SubGraph = side) -> _Way:
@@ -189,14 +150,17 @@ class _Generator:
 
     def _choice(self, node: Node, way: _Way) -> _Way:
         """Generate a choice whose sides meet again."""
-        self._line(f"if {self._text(node.arguments[0])}:")
+        self._fetch(node)
+        test = self.text(node.arguments[0])
+        self.handed.clear()
+        self.line(f"if {test}:")
         for side, decision in zip(node.subgraphs, (1, 0), strict=True):
             if decision == 0:
-                self._line("else:")
+                self.line("else:")
             self.depth += 1
-            self._line("pass")
+            self.line("pass")
             if decides(node, self.slices):
-                self._line(f"decisions.append({decision})")
+                self.line(f"decisions.append({decision})")
             self._continue([(side, 0, lambda way, side=side: self._assign(node.results, side.outputs, way))], way)
             self.depth -= 1
         return way
@@ -207,14 +171,37 @@ class _Generator:
         count, *first = node.arguments
         way = self._assign(carried, first, way)
         if decides(node, self.slices):
-            self._line(f"decisions.append({self._text(count)})")
-        self._line(f"for {self._name(index)} in range({self._text(count)}):")
+            self.line(f"decisions.append({self.text(count)})")
+        self.line(f"for {self.name(index)} in range({self.text(count)}):")
         self.depth += 1
-        self._line("pass")
+        self.line("pass")
         self._continue([(body, 0, lambda way: self._assign(carried, body.outputs, way))], way)
         self.depth -= 1
         held = [value for value in carried if self.slices.kinds[value] is not Kind.TENSOR]
         results = [r for r, value in zip(node.results, carried, strict=True) if value in held]
+        return self._assign(results, held, way)
+
+    def _while(self, node: Node, way: _Way) -> _Way:
+        condition, body = node.subgraphs
+        way = self._assign(condition.inputs, node.arguments, way)
+        self.line("while True:")
+        self.depth += 1
+
+        def ask(way: _Way) -> _Way:
+            self._fetch(node)
+            test = self.text(condition.outputs[0])
+            self.handed.clear()
+            decides_here = decides(node, self.slices)
+            self.line(f"if not {test}: {'decisions.append(0); ' if decides_here else ''}break")
+            if decides_here:
+                self.line("decisions.append(1)")
+            return self._assign(body.inputs, condition.inputs, way)
+
+        again = (body, 0, lambda way: self._assign(condition.inputs, body.outputs, way))
+        self._continue([again, (condition, 0, ask)], way)
+        self.depth -= 1
+        held = [value for value in condition.inputs if self.slices.kinds[value] is not Kind.TENSOR]
+        results = [r for r, value in zip(node.results, condition.inputs, strict=True) if value in held]
         return self._assign(results, held, way)
 
     def _assign(self, values: Any, arguments: Any, way: _Way) -> _Way:
@@ -223,88 +210,122 @@ class _Generator:
         sources: list[str] = []
         for value, argument in zip(values, arguments, strict=True):
             if self.slices.kinds[value] is Kind.TENSOR:
-                if isinstance(argument, Value) and self.slices.kinds[argument] is Kind.HOST:
-                    way = self._host(argument, way)
+                way = self._hosts(argument, way)
             else:
-                targets.append(self._name(value))
-                sources.append(self._text(argument))
+                targets.append(self.name(value))
+                sources.append(self.text(argument))
         if targets:
-            self._line(f"{', '.join(targets)} = {', '.join(sources)}")
+            self.line(f"{', '.join(targets)} = {', '.join(sources)}")
         return way
 
     def _host(self, value: Value, way: _Way) -> _Way:
         """Note a host value that tensors are computed from."""
-        if self.looked_up:
-            self._line(f"hosts.append({self._text(value)})")
+        if value in self.late:
+            frame, index = self.late[value]
+            self.line(f"hosts.append(Late({frame}, {index}))")
             return way
-        return replace(way, hosts=(*way.hosts, self._text(value)))
+        if self.looked_up:
+            self.line(f"hosts.append({self.text(value)})")
+            return way
+        return replace(way, hosts=(*way.hosts, self.text(value)))
+
+    def _hosts(self, argument: Argument, way: _Way) -> _Way:
+        """Note the host values in an argument that becomes a tensor."""
+        for value in values_in(argument):
+            if self.slices.kinds[value] is Kind.HOST:
+                way = self._host(value, way)
+        return way
 
     def _invoke(self, node: Node, way: _Way) -> _Way:
         callee = self.converted.graph.subgraphs[str(node.target)]
         arguments = [
-            self._text(argument)
+            self.text(argument)
             for argument, value in zip(node.arguments, callee.inputs, strict=True)
             if self.slices.kinds[value] is not Kind.TENSOR
         ]
-        number = self._new("i")
+        if given := tensor_parameters(callee, self.slices):
+            for index in given:
+                way = self._hosts(node.arguments[index], way)
+            arguments.append(f"{self.new('a')}")
+            self.line(f"{arguments[-1]} = {self._wait}cut(decisions, invocations, hosts)")
+        number = self.new("i")
         tensors = set(tensor_results(callee, self.slices))
-        hosts = [self._name(result) for index, result in enumerate(node.results) if index not in tensors]
+        others = [result for index, result in enumerate(node.results) if index not in tensors]
+        if self.form == "wave":
+            self.line(f"{number} = yield wave_{node.target}({', '.join(arguments)})")
+            self.line(f"invocations.append({number})")
+            self.late.update((result, (number, index)) for index, result in enumerate(others))
+            return way
+        hosts = [self.name(result) for result in others]
         targets = ", ".join([number, *hosts])
-        if self.recursive:
-            self._line(f"{targets} = walk_{node.target}({', '.join([*arguments, 'levels - 1'])})")
+        if self.form == "walk":
+            self.line(f"{targets} = walk_{node.target}({', '.join([*arguments, 'levels - 1'])})")
         else:
-            self._line(f"{targets} = yield plan_{node.target}({', '.join(arguments)})")
+            self.line(f"{targets} = yield plan_{node.target}({', '.join(arguments)})")
         if self.looked_up:
-            self._line(f"invocations.append({number})")
+            self.line(f"invocations.append({number})")
             return way
         return replace(way, invocations=(*way.invocations, number))
 
+    @property
+    def _wait(self) -> str:
+        return "yield from " if self.form == "wave" else ""
+
+    def _fetch(self, node: Node) -> None:
+        """Generate the wait for tensors whose values the host reads."""
+        values = read_by_host(node, self.slices)
+        if values:
+            self.handed.update((value, self.new("f")) for value in values)
+            names = "".join(f"{self.handed[value]}, " for value in values)
+            self.line(f"{names}= yield from fetch(decisions, invocations, hosts)")
+
     def _plain(self, node: Node, way: _Way) -> _Way:
+        self._fetch(node)
         if in_tensor_slice(node, self.slices):
             for value in dict.fromkeys(host_values(node, self.slices)):
                 way = self._host(value, way)
         if id(node) in self.slices.exports:
             way = self._keep(node, way)
         elif in_host_slice(node, self.slices):
-            text = self._operation(node)
-            result = f"{self._name(node.results[0])} = " if node.results else ""
-            self._line(result + text)
+            text = self.operation(node)
+            result = f"{self.name(node.results[0])} = " if node.results else ""
+            self.line(result + text)
+        self.handed.clear()
         return way
 
     def _keep(self, node: Node, way: _Way) -> _Way:
         """Generate a node at which the host is handed tensors that it keeps."""
         for value in handed_over(node, self.slices):
-            name = self.handed[value] = self._new("k")
-            self._line(f"{name} = keep()")
+            name = self.handed[value] = self.new("k")
+            self.line(f"{name} = keep()")
             if self.looked_up:
-                self._line(f"kept.append({name})")
+                self.line(f"kept.append({name})")
             else:
                 way = replace(way, kept=(*way.kept, name))
-        self._line(self._operation(node))
+        self.line(self.operation(node))
         self.handed.clear()
         return way
-
-    def _operation(self, node: Node) -> str:
-        arguments = [self._text(argument) for argument in node.arguments]
-        keywords = [f"{name}={self._text(argument)}" for name, argument in node.keywords]
-        return operation(node, arguments, keywords, self._object)
 
     def _finish(self, way: _Way) -> _Way:
         body = self.converted.graph.subgraphs[self.function]
         tensors = set(tensor_results(body, self.slices))
-        hosts = [self._text(output) for index, output in enumerate(body.outputs) if index not in tensors]
+        hosts = [self.text(output) for index, output in enumerate(body.outputs) if index not in tensors]
         for index, output in enumerate(body.outputs):
-            if index in tensors and isinstance(output, Value) and self.slices.kinds[output] is Kind.HOST:
-                way = self._host(output, way)
-        if self.looked_up:
+            if index in tensors:
+                way = self._hosts(output, way)
+        if self.cut:
+            told = f"*({self._wait}finish(decisions, invocations, hosts)), kept"
+        elif self.looked_up:
             told = "find(tuple(decisions)), invocations, hosts, kept"
             self.objects["find"] = self.block_of
         else:
-            block = self._object(self.block_of(way.decisions))
+            block = self.object(self.block_of(way.decisions))
             told = ", ".join([block, *map(_display, (way.invocations, way.hosts, way.kept))])
         emitted = f"emit({told})"
         handed = f"({', '.join([emitted, *hosts])})" if hosts else emitted
-        self._line(f"{'return' if self.recursive else 'yield'} {handed}")
+        if self.form == "wave":
+            handed = f"{emitted}, ({''.join(host + ', ' for host in hosts)})"
+        self.line(f"{'yield' if self.form == 'plan' else 'return'} {handed}")
         return way
 
 
@@ -314,7 +335,8 @@ def _display(names: tuple[str, ...]) -> str:
 
 def _has_loop(body: SubGraph, slices: Slices) -> bool:
     return any(
-        (node.op == "loop" and decides(node, slices)) or any(_has_loop(nested, slices) for nested in node.subgraphs)
+        (node.op in ("loop", "while") and decides(node, slices))
+        or any(_has_loop(nested, slices) for nested in node.subgraphs)
         for node in body.nodes
     )
 

@@ -1,14 +1,16 @@
 """Names and the structures behind them while a function is converted.
 
 What a variable holds is an `Argument` of the graph, or `Outer` for something read from outside. Tuples stay tuples of
-these, so that packing, unpacking and several results cost nothing; `flatten` and `rebuild` take them apart where the
-graph carries single values.
+these, and objects of dataclasses `Record`s, so that packing, unpacking and several results cost nothing; `flatten` and
+`rebuild` take them apart where the graph carries single values.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from twofold.graph import Value
@@ -23,15 +25,55 @@ class Undefined:
 UNDEFINED = Undefined()
 
 
+@dataclass(frozen=True, eq=False)
+class Record:
+    """An object with named parts that is made inside: of a dataclass, a named tuple, or a dict that is returned."""
+
+    kind: type
+    keys: tuple[str, ...]
+    values: tuple[Any, ...]
+
+    @property
+    def is_tuple(self) -> bool:
+        """Whether its parts have positions, too."""
+        return issubclass(self.kind, tuple)
+
+    def like(self, values: Sequence[Any]) -> Record:
+        """Return one with other values."""
+        return Record(self.kind, self.keys, tuple(values))
+
+    def construct(self) -> Any:
+        """Return the object, where the values are those of Python."""
+        named = dict(zip(self.keys, self.values, strict=True))
+        return named if self.kind is dict else self.kind(**named)
+
+
+def record_keys(kind: Any) -> tuple[str, ...] | None:
+    """Return the names of the parts of a class that does nothing but hold them; None for other objects."""
+    if not isinstance(kind, type):
+        return None
+    if issubclass(kind, tuple) and hasattr(kind, "_fields") and "__new__" in vars(kind):
+        return tuple(kind._fields)  # type: ignore[attr-defined]
+    if not dataclasses.is_dataclass(kind) or hasattr(kind, "__post_init__") or "__slots__" in vars(kind):
+        return None
+    fields = dataclasses.fields(kind)
+    made = "__dataclass_params__" in vars(kind) and kind.__dataclass_params__.init  # type: ignore[attr-defined]
+    return tuple(field.name for field in fields) if made and all(field.init for field in fields) else None
+
+
 def flatten(held: Any) -> list[Any]:
-    """Return what is in nested tuples, from left to right."""
+    """Return what is in nested tuples and records, from left to right."""
+    if isinstance(held, Record):
+        return flatten(held.values)
     if type(held) is tuple:
         return [leaf for item in held for leaf in flatten(item)]
     return [held]
 
 
 def rebuild(held: Any, leaves: Iterator[Any]) -> Any:
-    """Return nested tuples of the same form with the leaves replaced."""
+    """Return nested tuples and records of the same form with the leaves replaced."""
+    if isinstance(held, Record):
+        return held.like(rebuild(held.values, leaves))
     if type(held) is tuple:
         return tuple([rebuild(item, leaves) for item in held])
     return next(leaves)
@@ -39,6 +81,9 @@ def rebuild(held: Any, leaves: Iterator[Any]) -> Any:
 
 def same_form(left: Any, right: Any) -> bool:
     """Say whether two structures have the same nesting."""
+    if isinstance(left, Record) or isinstance(right, Record):
+        alike = isinstance(left, Record) and isinstance(right, Record) and left.kind is right.kind
+        return alike and left.keys == right.keys and same_form(left.values, right.values)
     if type(left) is tuple or type(right) is tuple:
         return (
             type(left) is tuple
@@ -107,19 +152,68 @@ def returns(statements: Sequence[ast.stmt]) -> bool:
     return visitor.returns
 
 
-def count_results(definition: ast.FunctionDef) -> int | None:
-    """Return how many results the return statements list: None for one value. Raises ValueError if they differ."""
-    counts: set[int | None] = set()
+def constructed(form: Any, values: Iterator[Any]) -> Any:
+    """Return Python objects of a form, with its leaves replaced."""
+    if isinstance(form, Record):
+        return form.like([constructed(part, values) for part in form.values]).construct()
+    if type(form) is tuple:
+        return tuple([constructed(part, values) for part in form])
+    return next(values)
 
-    def collect(statements: Sequence[ast.AST]) -> None:
-        for statement in statements:
-            if isinstance(statement, ast.Return):
-                counts.add(len(statement.value.elts) if isinstance(statement.value, ast.Tuple) else None)
-            elif not isinstance(statement, ast.FunctionDef | ast.Lambda | ast.ClassDef):
-                collect(list(ast.iter_child_nodes(statement)))
 
-    collect(definition.body)
-    tuples = counts - {None}
-    if len(tuples) > 1:
-        raise ValueError(f"return statements list {' and '.join(map(str, sorted(filter(None, tuples))))} results")
-    return next(iter(tuples), None)
+def result_form(definition: ast.FunctionDef, resolve: Callable[[ast.expr], Any]) -> Any:
+    """Return what the return statements list: nested tuples and records with None for single values.
+
+    `resolve` returns the object that an expression names, or None. Raises ValueError if they differ.
+    """
+    form: Any = None
+    for value in _returned(definition.body):
+        other = _form_of(value, resolve)
+        if isinstance(value, ast.Name):
+            other = _form_of_variable(value.id, definition, resolve)
+        if form is not None and other is not None and not same_form(form, other):
+            raise ValueError("return statements list results of several forms")
+        form = other if form is None else form
+    return form
+
+
+def _returned(statements: Sequence[ast.AST]) -> Iterator[ast.expr]:
+    for statement in statements:
+        if isinstance(statement, ast.Return) and statement.value is not None:
+            yield statement.value
+        elif not isinstance(statement, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            yield from _returned(list(ast.iter_child_nodes(statement)))
+
+
+def _form_of(node: ast.expr, resolve: Callable[[ast.expr], Any]) -> Any:
+    match node:
+        case ast.Tuple():
+            return tuple(_form_of(item, resolve) for item in node.elts)
+        case ast.Dict() if record_dict(node):
+            keys = tuple(key.value for key in node.keys)  # type: ignore[union-attr]
+            return Record(dict, keys, tuple(_form_of(value, resolve) for value in node.values))
+        case ast.Call(func=ast.Name() | ast.Attribute()):
+            kind = resolve(node.func)
+            keys = record_keys(kind)
+            return None if keys is None else Record(kind, keys, (None,) * len(keys))
+        case _:
+            return None
+
+
+def _form_of_variable(name: str, definition: ast.FunctionDef, resolve: Callable[[ast.expr], Any]) -> Any:
+    """Return the form of a variable that only ever is an object of one dataclass, or named tuple."""
+    forms: list[Any] = []
+    for node in ast.walk(definition):
+        if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store):
+            forms.append(None)
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            forms.append(_form_of(node.value, resolve))
+    records = [form for form in forms if isinstance(form, Record) and form.kind is not dict]
+    one = len(records) * 2 == len(forms) and all(same_form(records[0], other) for other in records)
+    return records[0] if records and one else None
+
+
+def record_dict(node: ast.Dict) -> bool:
+    """Say whether all keys of a dict display are different strings."""
+    keys = [key.value for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+    return len(set(keys)) == len(node.keys)

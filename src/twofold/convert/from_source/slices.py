@@ -10,6 +10,7 @@ assignment.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -17,12 +18,27 @@ from typing import Any
 import torch
 
 from twofold.convert.refusals import Refusal, Refused, line_of
-from twofold.convert.targets import apply, method, unpack
-from twofold.graph import Argument, Constant, Graph, Node, Origin, SubGraph, Value, evaluate, values_in
+from twofold.convert.targets import apply, fail, method
+from twofold.graph import Argument, Graph, Node, Origin, SubGraph, Value, evaluate, values_in
 
 from .convert import Converted
-from .expressions import is_library
-from .functions import Outer
+from .functions import Function, Outer
+from .operations import (
+    ARITHMETIC,
+    CONTAINERS,
+    FETCHES,
+    KEEPERS,
+    NUMBERS,
+    RANDOM,
+    RANDOM_MODULES,
+    READING_METHODS,
+    SEVERAL,
+    SEVERAL_MODULES,
+    UNREADABLE,
+    has_hook,
+    is_torch,
+    without_effect,
+)
 
 
 class Kind(IntEnum):
@@ -34,66 +50,6 @@ class Kind(IntEnum):
     TENSOR = 3
 
 
-FETCHES = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "cpu_item"})
-KEEPERS = frozenset({"append", "add", "insert", "setdefault", "appendleft"})
-"""Methods of containers that keep a tensor without looking into it."""
-_ARITHMETIC = frozenset(
-    {
-        getattr(operator, name)
-        for name in [
-            "add",
-            "sub",
-            "mul",
-            "truediv",
-            "floordiv",
-            "mod",
-            "pow",
-            "neg",
-            "pos",
-            "eq",
-            "ne",
-            "lt",
-            "le",
-            "gt",
-            "ge",
-            "not_",
-        ]
-    }
-)
-RANDOM = frozenset(
-    [
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "rrelu",
-        "gumbel_softmax",
-        "rand",
-        "rand_like",
-        "randn",
-        "randn_like",
-        "randint",
-        "randint_like",
-        "randperm",
-        "normal",
-        "normal_",
-        "bernoulli",
-        "bernoulli_",
-        "multinomial",
-        "poisson",
-        "uniform_",
-        "batch_norm",
-        "exponential_",
-        "scaled_dot_product_attention",
-    ]
-)
-_RANDOM_MODULES = (torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU, torch.nn.modules.batchnorm._NormBase)
-_CONTAINERS = (list, tuple, dict, unpack, reversed, zip, enumerate)
-_NUMBERS = (bool, int, float, type(None), str)
-
-
 @dataclass
 class Slices:
     """The kind of each value; the objects of fixed ones; and what must be what it was for these to hold."""
@@ -103,6 +59,10 @@ class Slices:
     assumed: list[Outer] = field(default_factory=list[Outer])
     exports: set[int] = field(default_factory=set[int])
     """Nodes, by id, at which the host is handed tensors that it keeps."""
+    fetches: set[int] = field(default_factory=set[int])
+    """Nodes, by id, at which the host reads the values of tensors."""
+    effects: bool = False
+    """Whether the host slice does more than read Python objects: then it must be run in the program's order."""
 
     def kind(self, argument: Argument) -> Kind:
         """Return the greatest kind in an argument."""
@@ -131,16 +91,18 @@ def slice_graph(converted: Converted, varying: frozenset[tuple[Any, ...]]) -> Sl
     analysis = _Analysis(converted, varying)
     while analysis.step():
         pass
+    analysis.check_fetches()
     return analysis.slices
 
 
 class _Analysis:
     def __init__(self, converted: Converted, varying: frozenset[tuple[Any, ...]]) -> None:
         self._graph: Graph = converted.graph
+        self._converted = converted
         self.slices = slices = Slices()
         self._changed = False
         for value, outer in converted.outer.items():
-            if isinstance(outer.object, (*_NUMBERS, torch.Tensor, torch.nn.Module)) or callable(outer.object):
+            if isinstance(outer.object, (*NUMBERS, torch.Tensor, torch.nn.Module)) or callable(outer.object):
                 if outer.key in varying:
                     slices.kinds[value] = Kind.HOST
                 else:
@@ -169,20 +131,33 @@ class _Analysis:
         for node in body.nodes:
             match node.op:
                 case "if":
-                    self._fetch_free(node, node.arguments[0])
+                    self._note_fetch(node, self.slices.kind(node.arguments[0]) is Kind.TENSOR)
                     for side in node.subgraphs:
                         self._body(side)
                     for index, result in enumerate(node.results):
                         self._raise_to(result, max(self.slices.given(side.outputs[index]) for side in node.subgraphs))
                 case "loop":
                     self._loop(node)
+                case "while":
+                    self._while(node)
                 case "invoke":
                     self._invoke(node)
                 case _:
                     self._plain(node)
 
+    def _while(self, node: Node) -> None:
+        condition, body = node.subgraphs
+        for number, first in enumerate(node.arguments):
+            kind = max(self.slices.given(first), self.slices.given(body.outputs[number]))
+            for value in (condition.inputs[number], body.inputs[number], node.results[number]):
+                self._raise_to(value, kind)
+        self._body(condition)
+        self._note_fetch(node, self.slices.kind(condition.outputs[0]) is Kind.TENSOR)
+        self._body(body)
+
     def _loop(self, node: Node) -> None:
-        self._fetch_free(node, node.arguments[0])
+        if self.slices.is_tensor(node.arguments[0]):
+            raise self._refused("tensor_fetch", "a loop over the rows of a tensor", node)
         (body,) = node.subgraphs
         index, *inputs = body.inputs
         self._raise_to(index, Kind.HOST)
@@ -195,9 +170,11 @@ class _Analysis:
     def _invoke(self, node: Node) -> None:
         callee = self._graph.subgraphs[str(node.target)]
         for argument, value in zip(node.arguments, callee.inputs, strict=True):
-            if self.slices.given(argument) >= Kind.MIXED:
-                raise self._refused("tensor_argument", "a tensor is an argument of a recursive call", node)
-            self._raise_to(value, Kind.HOST)
+            given = self.slices.given(argument)
+            mixed = any(self.slices.kinds.get(v) is Kind.MIXED for v in values_in(argument))
+            if given is Kind.MIXED or mixed or (given is Kind.TENSOR and _has_list(argument)):
+                raise self._refused("tensor_argument", "a list with tensors in it is passed down", node)
+            self._raise_to(value, given)
         for result, output in zip(node.results, callee.outputs, strict=True):
             self._raise_to(result, self.slices.given(output))
 
@@ -223,9 +200,10 @@ class _Analysis:
     def _read(self, node: Node, kind: Kind) -> Kind:
         holder = node.arguments[0]
         if node.op == "get_item" and not self.slices.is_tensor(holder) and kind is Kind.TENSOR:
-            if self.slices.kind(holder) is not Kind.MIXED:
-                raise self._refused("tensor_fetch", "a tensor is an index of a Python object", node)
-            return Kind.TENSOR
+            if self.slices.kind(holder) is Kind.MIXED:
+                raise self._refused("tensor_fetch", "a tensor is an index of a list with tensors in it", node)
+            self._note_fetch(node, True)
+            return Kind.HOST
         if self.slices.kind(holder) is Kind.MIXED:
             return Kind.TENSOR
         return kind if kind is Kind.TENSOR else Kind.HOST
@@ -242,7 +220,7 @@ class _Analysis:
         target: Any = node.target
         if target in (operator.is_, operator.is_not) and kind >= Kind.MIXED:
             raise self._refused("tensor_fetch", "identity of a tensor", node)
-        if target in _CONTAINERS and kind >= Kind.MIXED:
+        if target in CONTAINERS and kind >= Kind.MIXED:
             whole = any(isinstance(a, Value) and self.slices.kinds.get(a) is Kind.TENSOR for a in node.arguments)
             return Kind.TENSOR if whole else Kind.MIXED
         if target is list and not node.arguments:
@@ -255,7 +233,7 @@ class _Analysis:
             return Kind.HOST
         if kind >= Kind.MIXED or self._computes_tensors(node):
             return self._tensor_call(node)
-        if kind is Kind.FIXED and target in _ARITHMETIC:
+        if kind is Kind.FIXED and target in ARITHMETIC:
             self.slices.fixed[node.results[0]] = target(*map(self.slices.known, node.arguments))
             return Kind.FIXED
         return Kind.HOST
@@ -264,18 +242,21 @@ class _Analysis:
         target: Any = node.target
         if target is apply:
             callee = self._callee(node)
-            return isinstance(callee, torch.nn.Module) or (callee is not None and _is_torch(callee))
-        return _is_torch(target)
+            return isinstance(callee, torch.nn.Module) or (callee is not None and is_torch(callee))
+        return is_torch(target)
 
     def _callee(self, node: Node) -> Any:
-        callee = node.arguments[0]
+        callee = node.arguments[0] if node.target is apply else None
         return self.slices.fixed.get(callee) if isinstance(callee, Value) else None
 
     def _tensor_call(self, node: Node) -> Kind:
         target: Any = node.target
         self._check_repeatable(node)
         if (target is method and node.arguments[1] in FETCHES) or target in (bool, int, float, operator.not_):
-            raise self._refused("tensor_fetch", "the value of a tensor is read", node)
+            self._note_fetch(node, True)
+            return Kind.HOST
+        if target is method and node.arguments[1] in UNREADABLE:
+            raise self._refused("tensor_fetch", "the memory of a tensor is read", node)
         if target is apply and not self._computes_tensors(node):
             raise self._refused("unsupported_call", "a function that cannot be converted is given tensors", node)
         builtin = type(target) is type or getattr(target, "__module__", None) == "builtins"
@@ -286,12 +267,12 @@ class _Analysis:
     def _check_repeatable(self, node: Node) -> None:
         """Refuse what draws random numbers, or writes to what is outside."""
         target: Any = node.target
-        name = node.arguments[1] if target is method else getattr(target, "__name__", "")
+        name = _name_of(node)
         callee = self._callee(node) if target is apply else None
         modules = list(callee.modules()) if isinstance(callee, torch.nn.Module) else []
-        if name in RANDOM or any(isinstance(m, _RANDOM_MODULES) and m.training for m in modules):
+        if name in RANDOM or any(isinstance(m, RANDOM_MODULES) and m.training for m in modules):
             raise self._refused("random", "random numbers are drawn, or statistics updated", node)
-        if any(_has_hook(module) for module in modules):
+        if any(has_hook(module) for module in modules):
             raise self._refused("module_hook", f"{type(callee).__name__} has a hook", node)
         writes = isinstance(name, str) and name.endswith("_") and not name.endswith("__")
         receiver = node.arguments[0] if node.arguments else None
@@ -332,9 +313,43 @@ class _Analysis:
             for nested in node.subgraphs:
                 self._collect_lists(nested)
 
-    def _fetch_free(self, node: Node, test: Argument) -> None:
-        if self.slices.is_tensor(test):
-            raise self._refused("tensor_fetch", "a choice depends on the value of a tensor", node)
+    def _note_fetch(self, node: Node, fetches: bool) -> None:
+        (self.slices.fetches.add if fetches else self.slices.fetches.discard)(id(node))
+
+    def check_fetches(self) -> None:
+        """Refuse what cannot be fetched, and find out whether the host slice has effects."""
+        nodes = [node for body in self._graph.subgraphs.values() for node in _all_nodes(body)]
+        self.slices.effects = any(self._has_effect(node) for node in nodes)
+        for function in self._converted.functions.values():
+            self._check_results(function)
+        for node in nodes:
+            if id(node) in self.slices.fetches and any(
+                self.slices.kinds.get(value) is Kind.MIXED for value in node.operands
+            ):
+                raise self._refused("tensor_fetch", "the truth of a list with tensors in it", node)
+
+    def _check_results(self, function: Function) -> None:
+        body = self._graph.subgraphs[function.name]
+        makers = {value: node for node in _all_nodes(body) for value in node.results}
+        for output in body.outputs:
+            node = makers.get(output) if isinstance(output, Value) else None
+            name = None if node is None else _name_of(node)
+            several = name in SEVERAL or (node is not None and isinstance(self._callee(node), SEVERAL_MODULES))
+            if self.slices.kind(output) is Kind.MIXED or several:
+                construct = "several tensors in one object are returned"
+                origin = function.source.origin(function.source.definition) if node is None else node.origin
+                raise refused("result_structure", construct, origin)
+
+    def _has_effect(self, node: Node) -> bool:
+        """Say whether the host does more at a node than read."""
+        host = not node.results or self.slices.kinds[node.results[0]] in (Kind.HOST, Kind.MIXED)
+        if node.op in ("set_attr", "set_item"):
+            return self.slices.kind(node.arguments[0]) is not Kind.MIXED
+        if node.op != "call" or not host or node.target in (list.append, fail):
+            return False
+        if node.target is method:
+            return node.arguments[1] not in READING_METHODS
+        return not without_effect(node.target) and not isinstance(node.target, type)
 
     def _refused(self, code: str, construct: str, node: Node) -> Refused:
         return refused(code, construct, node.origin)
@@ -345,16 +360,17 @@ def refused(code: str, construct: str, origin: Origin | None) -> Refused:
     return Refused(Refusal(code, construct, origin, line_of(origin) if origin else ""))
 
 
-def _has_hook(module: torch.nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _all_nodes(body: SubGraph) -> Iterator[Node]:
+    for node in body.nodes:
+        yield node
+        for nested in node.subgraphs:
+            yield from _all_nodes(nested)
 
 
-def _is_torch(target: Any) -> bool:
-    if isinstance(target, Constant) or not is_library(target):
-        return False
-    module = getattr(target, "__module__", None) or ""
-    if isinstance(target, type) or module in ("builtins", "_operator", "math", "operator"):
-        return False
-    return module.partition(".")[0] == "torch" or not module
+def _has_list(argument: Argument) -> bool:
+    return isinstance(argument, list | dict) or (isinstance(argument, tuple) and any(map(_has_list, argument)))
+
+
+def _name_of(node: Node) -> Any:
+    """Return the name of the function or method that a node calls."""
+    return node.arguments[1] if node.target is method else getattr(node.target, "__name__", "")

@@ -4,47 +4,27 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import NoneType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from twofold.convert.refusals import Refused
-from twofold.convert.targets import apply, fail
-from twofold.graph import SCALAR_TYPES, Ambient, SubGraph, SubGraphBuilder, Value
+from twofold.convert.targets import fail
+from twofold.graph import Ambient, SubGraph, SubGraphBuilder, Value
 
-from .expressions import Expressions
-from .functions import Function, Outer, Recursive, Source
-from .scope import UNDEFINED, assigned, flatten, rebuild, returns, same, same_form
+from .calls import Calls, LocalFunction, Outside
+from .functions import Outer, Source
+from .host_code import always_assigned
+from .loops import jumps, without_jumps
+from .scope import UNDEFINED, Record, assigned, flatten, rebuild, record_dict, returns, same, same_form
 
 _MISSING: Any = object()
 CONSTANT_TYPES = (torch.dtype, torch.device, torch.memory_format, torch.layout, NoneType)
 """Objects from outside that a graph holds by value."""
 
 
-class Outside(Protocol):
-    """What bodies need of the graph that they belong to."""
-
-    def declare(self, recursive: Recursive) -> Function:
-        """Declare the SubGraph of a function; its body is converted later."""
-        ...
-
-    def outer(self, held: Outer) -> Value:
-        """Return something from outside as a value."""
-        ...
-
-    def assume(self, held: Outer) -> None:
-        """Note that the conversion relies on something outside being what it was."""
-        ...
-
-    def entering(self, source: Source, refuse: Callable[[], Refused]) -> AbstractContextManager[None]:
-        """Mark a helper function as being converted, to see one that calls itself."""
-        ...
-
-
-class Body(Expressions):
+class Body(Calls):
     """Converts the statements of one function into the body that `at` builds."""
 
     def __init__(self, converter: Outside, source: Source, at: SubGraphBuilder, variables: dict[str, Any]) -> None:
@@ -53,6 +33,12 @@ class Body(Expressions):
         self._converter = converter
         self._at = at
         self._ambient = Ambient()
+
+    def within(self, source: Source, variables: dict[str, Any]) -> Body:
+        """Return what converts the body of another function at the same place."""
+        body = Body(self._converter, source, self._at, variables)
+        body._ambient, body._inlining = self._ambient, self._inlining
+        return body
 
     # Names and nodes.
 
@@ -69,6 +55,11 @@ class Body(Expressions):
                 self.assume(held)
                 return held.object
             return self._converter.outer(held)
+        if isinstance(held, LocalFunction):
+            return self.made_by_host(held)
+        if isinstance(held, Record):
+            parts = {key: self.use(value) for key, value in zip(held.keys, held.values, strict=True)}
+            return self.call(self.source.definition, held.kind, **parts)
         if type(held) in (tuple, list):
             return type(held)(self.use(item) for item in held)
         return held
@@ -102,11 +93,18 @@ class Body(Expressions):
                     self.assign(part, item)
             case ast.Attribute():
                 holder = self.convert(target.value)
+                if isinstance(holder, Record):
+                    raise self.source.refuse(
+                        "unsupported_syntax", "assignment to an attribute of what is made inside", target
+                    )
                 if isinstance(holder, Outer):
                     raise self.source.refuse("unsupported_syntax", "assignment to an attribute from outside", target)
                 self.node(target, "set_attr", (self.use(holder), target.attr, self.use(held)), 0)
             case ast.Subscript():
-                holder, key = self.value(target.value), self.value(target.slice)
+                holder, key = self.convert(target.value), self.value(target.slice)
+                if isinstance(holder, Record | tuple):
+                    raise self.source.refuse("unsupported_syntax", "assignment to an item of a result", target)
+                holder = self.use(holder)
                 self.node(target, "set_item", (holder, key, self.use(held)), 0)
             case _:
                 raise self.source.refuse("unsupported_syntax", f"assignment to {type(target).__name__}", target)
@@ -118,7 +116,11 @@ class Body(Expressions):
         for index, statement in enumerate(statements):
             match statement:
                 case ast.Return():
-                    return None if statement.value is None else self.convert(statement.value)
+                    return None if statement.value is None else self._returned(statement.value)
+                case ast.For() | ast.While() if jumps(statement.body):
+                    if statement.orelse:
+                        raise self.source.refuse("return_in_loop", "else of a loop", statement)
+                    return self.statements([*without_jumps(statement), *statements[index + 1 :]])
                 case ast.If() if returns([statement]):
                     rest = list(statements[index + 1 :])
                     test = self.value(statement.test)
@@ -132,6 +134,17 @@ class Body(Expressions):
                 case _:
                     self._statement(statement)
         return _MISSING
+
+    def _returned(self, node: ast.expr) -> Any:
+        """Return what a return statement returns: a dict, of which nobody else has hold, by its parts."""
+        match node:
+            case ast.Dict() if record_dict(node):
+                keys = tuple(key.value for key in node.keys)  # type: ignore[union-attr]
+                return Record(dict, keys, tuple(self._returned(value) for value in node.values))
+            case ast.Tuple() if not any(isinstance(item, ast.Starred) for item in node.elts):
+                return tuple([self._returned(item) for item in node.elts])
+            case _:
+                return self.convert(node)
 
     def whole(self, statements: Sequence[ast.stmt]) -> Any:
         """Convert statements up to the end of the function; return what they return."""
@@ -169,6 +182,9 @@ class Body(Expressions):
             ast.copy_location(part, target)
         left, right = self.value(load), self.value(statement.value)
         self.assign(target, self.call(statement, self.binary(statement), left, right))
+
+    def _FunctionDef(self, statement: ast.FunctionDef) -> None:
+        self.variables[statement.name] = self.local_function(statement)
 
     def _Assert(self, statement: ast.Assert) -> None:
         test = self.value(statement.test)
@@ -230,7 +246,16 @@ class Body(Expressions):
         return rebuild(left, iter(leaves))
 
     def _align(self, at: ast.AST, first: SubGraphBuilder, left: Any, second: SubGraphBuilder, right: Any) -> Any:
-        """Unpack the side that is no tuple where the other one is."""
+        """Unpack the side that is no tuple where the other one is; what one side leaves unassigned is so."""
+        if left is UNDEFINED or right is UNDEFINED:
+            return UNDEFINED, UNDEFINED
+        if (
+            isinstance(left, Record)
+            and isinstance(right, Record)
+            and (left.kind, left.keys) == (right.kind, right.keys)
+        ):
+            values = self._align(at, first, left.values, second, right.values)
+            return left.like(values[0]), right.like(values[1])
         if type(left) is tuple and type(right) is tuple and len(left) == len(right):
             pairs = [
                 (a, b) if same_form(a, b) else self._align(at, first, a, second, b)
@@ -262,17 +287,69 @@ class Body(Expressions):
     # Loops.
 
     def _For(self, statement: ast.For) -> None:
-        if statement.orelse or returns(statement.body):
-            raise self.source.refuse("return_in_loop", "return, or else, of a for loop", statement)
-        names = [name for name in assigned(statement.body) if self.variables.get(name, UNDEFINED) is not UNDEFINED]
+        if statement.orelse:
+            raise self.source.refuse("return_in_loop", "else of a loop", statement)
+        names = self._carried(statement.body)
 
         def body() -> None:
             self.statements(statement.body)
 
         self._loop(statement, statement.target, statement.iter, names, body)
-        for name in assigned([statement]):
-            if name not in names:
-                self.variables[name] = UNDEFINED
+        self._forget(statement, names)
+
+    def _carried(self, body: Sequence[ast.stmt]) -> list[str]:
+        """Return the variables that a loop assigns to and that exist before it."""
+        return [name for name in assigned(body) if self.variables.get(name, UNDEFINED) is not UNDEFINED]
+
+    def _forget(self, loop: ast.stmt, carried: Sequence[str]) -> None:
+        """Take the other variables that a loop assigns to as unassigned: it may not have run."""
+        self.variables.update(dict.fromkeys([name for name in assigned([loop]) if name not in carried], UNDEFINED))
+
+    def _While(self, statement: ast.While) -> None:
+        if statement.orelse:
+            raise self.source.refuse("return_in_loop", "else of a loop", statement)
+        if any(isinstance(node, ast.NamedExpr) for node in ast.walk(statement.test)):
+            raise self.source.refuse("unsupported_syntax", ":= in the condition of a loop", statement)
+        names = self._carried(statement.body)
+        before = tuple(self.variables[name] for name in names)
+        carried = [self.use(leaf) for leaf in flatten(before)]
+
+        def begin() -> None:
+            inputs = [self._at.input(None, None) for _ in carried]
+            self.variables.update(zip(names, rebuild(before, iter(inputs)), strict=True))
+
+        def condition() -> Any:
+            begin()
+            return self.value(statement.test)
+
+        def body() -> Any:
+            begin()
+            self.statements(statement.body)
+            return tuple(self.variables[name] for name in names)
+
+        asking, test = self._nested("condition", condition)
+        doing, after = self._nested("body", body)
+        self._check_carried(statement, before, after)
+        bodies = [self._finish(asking, [test]), self._finish(doing, flatten(after))]
+        origin = self.source.origin(statement)
+        results = self._at.node("while", None, carried, None, [None] * len(carried), bodies, origin)
+        self.variables.update(zip(names, rebuild(before, iter(results)), strict=True))
+        self._forget(statement, names)
+
+    def _check_carried(self, at: ast.AST, before: Any, after: Any) -> None:
+        if not same_form(before, after) or UNDEFINED in flatten(after):
+            raise self.source.refuse("unsupported_syntax", "a variable changes its structure in this loop", at)
+
+    def _Try(self, statement: ast.Try) -> None:
+        """Have the host run a `try` as it is; tensors are not to be had in it."""
+        if returns([statement]) or jumps([statement]):
+            raise self.source.refuse("unsupported_syntax", "return, break or continue inside try", statement)
+        given = self.given_to_host(statement)
+        results = always_assigned(statement)
+        returned = ast.Return(ast.Tuple([ast.Name(name, ast.Load()) for name in results], ast.Load()))
+        held = self.host_call(statement, [statement, ast.copy_location(returned, statement)], given)
+        self.variables.update(dict.fromkeys(assigned([statement]), UNDEFINED))
+        self.variables.update(zip(results, self.items(statement, held, len(results)), strict=True))
 
     def _loop(
         self, at: ast.AST, target: ast.expr, iterable: ast.expr, names: list[str], body: Callable[[], None]
@@ -292,8 +369,7 @@ class Body(Expressions):
             return tuple(self.variables[name] for name in names)
 
         builder, after = self._nested("body", convert)
-        if not same_form(before, after) or UNDEFINED in flatten(after):
-            raise self.source.refuse("unsupported_syntax", "a variable changes its structure in this loop", at)
+        self._check_carried(at, before, after)
         nested = self._finish(builder, flatten(after))
         origin = self.source.origin(at)
         results = self._at.node("loop", None, [count, *carried], None, [None] * len(carried), [nested], origin)
@@ -323,54 +399,3 @@ class Body(Expressions):
         clauses(generators)
         self.variables = variables
         return collected
-
-    # Calls of Python functions.
-
-    def invoke(self, at: ast.AST, target: Recursive, arguments: list[Any], keywords: dict[str, Any]) -> Any:
-        """Convert a call of a recursive function."""
-        callee = self._converter.declare(target)
-        bound = self._bind(at, callee.source, arguments, keywords, target.receiver)
-        operands = [self.use(bound[name]) for name in callee.parameters]
-        results = self._at.invoke(callee.name, *operands, origin=self.source.origin(at), ambient=self._ambient)
-        return results[0] if callee.results is None else results
-
-    def module(self, at: ast.AST, callee: Outer, arguments: list[Any], keywords: dict[str, Any]) -> Any:
-        """Convert a call of a module: PyTorch's own as one operation, others by their forward's source."""
-        module: torch.nn.Module = callee.object
-        if type(module).__module__.startswith("torch."):
-            return self.call(at, apply, self.use(callee), *arguments, **keywords)
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            raise self.source.refuse("module_hook", f"{type(module).__name__} has a hook", at)
-        return self.inline(at, callee.attribute("forward"), arguments, keywords)
-
-    def inline(self, at: ast.AST, callee: Outer, arguments: list[Any], keywords: dict[str, Any]) -> Any:
-        """Convert a call of a Python function by its source; what has none is called by the host."""
-        mark = self._at.mark()
-        try:
-            return self._inlined(at, callee, arguments, keywords)
-        except Refused as refused:
-            if refused.refusal.code == "recursive_helper":
-                raise
-            self._at.rewind(mark)
-            return self.call(at, apply, self.use(callee), *arguments, **keywords)
-
-    def _inlined(self, at: ast.AST, callee: Outer, arguments: list[Any], keywords: dict[str, Any]) -> Any:
-        receiver = getattr(callee.object, "__self__", None)
-        source = Source.of(getattr(callee.object, "__func__", callee.object))
-        variables = self._bind(at, source, arguments, keywords, receiver)
-        with self._converter.entering(source, lambda: self.source.refuse("recursive_helper", "it calls itself", at)):
-            body = Body(self._converter, source, self._at, variables)
-            body._ambient = self._ambient
-            return body.whole(source.definition.body)
-
-    def _bind(self, at: ast.AST, source: Source, arguments: list[Any], keywords: dict[str, Any], receiver: Any) -> Any:
-        """Return what each parameter of a function holds in a call."""
-        if source.definition.args.vararg or source.definition.args.kwarg:
-            raise source.refuse("unsupported_syntax", "*arguments or **keywords", source.definition)
-        first = [] if receiver is None else [Outer.fixed("self", receiver)]
-        bound = source.signature.bind(*first, *arguments, **keywords)
-        for name, parameter in source.signature.parameters.items():
-            if name not in bound.arguments:
-                plain = type(parameter.default) in SCALAR_TYPES
-                bound.arguments[name] = parameter.default if plain else Outer.fixed(name, parameter.default)
-        return dict(bound.arguments)

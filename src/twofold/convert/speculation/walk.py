@@ -166,6 +166,10 @@ class Walk:
         """Code is about to run that cannot be followed; see `Listener`."""
         raise refuse("foreign_function", what)
 
+    def unwatch(self, code: str, what: str) -> None:
+        """Calls are about to run that nobody would hear; see `Listener`."""
+        raise refuse("foreign_function", what)
+
     # ---- what the interpreter asks -----------------------------------------------------------------------
 
     def finish(self) -> Path:

@@ -1,6 +1,6 @@
 """Recursive SubGraphs at run time: calls are planned at once and computed together when a value is needed."""
 
 from .deferred import PENDING, Deferred, flush_before_steps
-from .program import Program
+from .program import AbandonedError, Program
 
-__all__ = ["PENDING", "Deferred", "Program", "flush_before_steps"]
+__all__ = ["PENDING", "AbandonedError", "Deferred", "Program", "flush_before_steps"]

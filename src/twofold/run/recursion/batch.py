@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from twofold.errors import StaleError
 
-from .autograd import differentiable_run
+from .autograd import Bundles, differentiable_run
 from .blocks import RunnableBlock
 from .deferred import PENDING, Deferred, fill
 from .execute import GroupRun, Request, Run
 from .factors import Table
+from .known import GivenPile, Known, make_part, needed_for, own, split_off
 from .prepare import SumBroken, Tables, column, stage_group
-from .schedule import Group, Pile, make_schedule
+from .schedule import Group, Pile, Schedule, make_schedule
 from .vectorize import Sample
+from .waves import Want
+
+_T = TypeVar("_T")
 
 
 class Owner(Protocol):
@@ -28,6 +33,7 @@ class Owner(Protocol):
     tables: Tables
     results: tuple[int, ...]
     refusals: dict[str, int]
+    given: dict[Any, RunnableBlock]
 
     def all_blocks(self) -> list[RunnableBlock]:
         """Return all blocks met so far, variants included."""
@@ -50,6 +56,9 @@ class Batch:
         self._versions: Sequence[int] = ()
         self._shared = False
         self._planning = 0
+        self._known: dict[int, Known] = {}
+        self._held: list[tuple[Tensor, int]] = []
+        """Tensors that host values are, with their versions then."""
 
     # While planners run.
 
@@ -67,6 +76,17 @@ class Batch:
         self._planning -= 1
         PENDING.planning -= 1
 
+    def mark(self) -> int:
+        """Return a mark to `rewind` to."""
+        return len(self._levels)
+
+    def rewind(self, mark: int) -> None:
+        """Drop the invocations emitted since the mark: their call has failed."""
+        split_off(self._piles.values(), set(range(mark, len(self._levels))))
+        del self._levels[mark:]
+        self._known = {number: known for number, known in self._known.items() if number < mark}
+        self._wanted = [wanted for wanted in self._wanted if wanted[0].task < mark]
+
     def pile(self, block: RunnableBlock) -> Pile:
         """Return where the invocations of a block wait."""
         known = self._piles.get(block)
@@ -77,9 +97,12 @@ class Batch:
     def emit(self, pile: Pile, invocations: Sequence[int], hosts: Sequence[Any], kept: Sequence[Deferred]) -> int:
         """Add an invocation; return its number. Levels count from the leaves."""
         for host in hosts:
-            if type(host) is Deferred:
+            kind = type(host)
+            if kind is Deferred:
                 pile, invocations, hosts = self._link(pile, invocations, hosts)
                 break
+            if kind is Tensor or kind is torch.nn.Parameter:
+                self._held.append((host, host._version))
         if steering := pile.steering:
             pile = self.pile(pile.block.variant(hosts))
             hosts = [host for index, host in enumerate(hosts) if index not in steering]
@@ -127,6 +150,19 @@ class Batch:
         deferred.place = self, number, self._program.name, self._program.results[output]
         self._wanted.append((Request(number, output), weakref.ref(deferred)))
 
+    def fetch(self, wants: Sequence[Want]) -> list[Any]:
+        """Compute what planners wait for, and all that it depends on; return the values, without history."""
+        self._check_versions(self._versions, self._held)
+        chosen = needed_for(self._piles.values(), (want.number for want in wants), self._known)
+        if chosen:
+            piles = split_off(self._piles.values(), chosen)
+            part = make_part(piles, self._known, self._program.given)
+            with torch.set_grad_enabled(self._grad):
+                computed = self._compute_all(part.piles, part.levels)
+            self._known.update((number, computed[part.local[number]]) for number in chosen)
+        copied: dict[int, Any] = {}
+        return [_read(self._known[want.number], want.table[1], copied) for want in wants]
+
     # At the flush.
 
     def flush(self) -> None:
@@ -135,56 +171,107 @@ class Batch:
         While a call is being planned (its own Python asks for a value) the invocations stay, since others will take
         results from them, and are computed again with those.
         """
-        levels, wanted, shared = self._levels[:], self._wanted, self._shared
+        levels, wanted, known, versions = self._levels[:], self._wanted, self._known, self._versions
         piles = [
             Pile(pile.block, pile.steering, pile.tasks, pile.invocations, pile.hosts)
             for pile in self._piles.values()
             if pile.tasks
         ]
         self._wanted = []
+        shared, tensors = self._shared, self._held
         if not self._planning:
             self._clear()
         held = [(request, deferred) for request, ref in wanted if (deferred := ref()) is not None]
-        requests = list(dict.fromkeys(request for request, _ in held))
-        if not piles:
-            return
-        if list(self._versions) != self._program.versions():
+        requests = list(dict.fromkeys(request for request, _ in held if request.task not in known))
+        if piles:
+            self._check_versions(versions, tensors)
+        found: dict[Request, Any] = {}
+        if piles:
+            local: Any = range(len(levels))
+            if known:
+                part = make_part(piles, known, self._program.given)
+                piles, levels, local, shared = part.piles, part.levels, part.local, True
+            with torch.set_grad_enabled(self._grad):
+                asked = [Request(local[request.task], request.output) for request in requests]
+                found = dict(zip(requests, self._compute(piles, levels, asked, shared), strict=True))
+        for request, deferred in held:
+            if request not in found:
+                found[request] = known[request.task].own(request.output)
+            fill(deferred, found[request])
+
+    def _check_versions(self, versions: Sequence[int], held: Sequence[tuple[Tensor, int]]) -> None:
+        if list(versions) != self._program.versions() or any(t._version != version for t, version in held):
             raise StaleError(
                 "a parameter or another tensor from outside was written to between a call of"
                 f" {self._program.name} and the use of its result; use the result first"
             )
-        with torch.set_grad_enabled(self._grad):
-            found = dict(zip(requests, self._compute(piles, levels, requests, shared), strict=True))
-        for request, deferred in held:
-            fill(deferred, found[request])
 
     def _clear(self) -> None:
         self._levels.clear()
         self._shared = False
+        self._known, self._held = {}, []
         for pile in self._piles.values():
             pile.tasks, pile.invocations, pile.hosts = [], [], []
 
     def _compute(self, piles: list[Pile], levels: list[int], requests: list[Request], shared: bool) -> Sequence[Tensor]:
+        """Compute invocations; return the requested tensors."""
+
+        def together() -> Sequence[Tensor]:
+            return self._together(piles, levels, requests, shared, lambda _: Bundles.singly(requests))[0]
+
+        def singly() -> Sequence[Tensor]:
+            outputs = one_by_one(piles, len(levels), self._program.tables.samples)
+            return [own(outputs[request.task][request.output]) for request in requests]
+
+        return self._batched(piles, together, singly)
+
+    def _compute_all(self, piles: list[Pile], levels: list[int]) -> dict[int, Known]:
+        """Compute invocations; return all their results, those of one block as rows of the same tensors."""
+
+        def together() -> dict[int, Known]:
+            tensors, schedule = self._together(piles, levels, [], True, _all_outputs)
+            rest, known = iter(tensors), dict[int, Known]()
+            for group in schedule.groups:
+                if not isinstance(group.pile, GivenPile):
+                    results = group.block.block.results
+                    values = [next(rest) for _ in results]
+                    known.update((int(task), Known(results, values, row)) for row, task in enumerate(group.tasks))
+            return known
+
+        def singly() -> dict[int, Known]:
+            outputs = one_by_one(piles, len(levels), self._program.tables.samples)
+            return {t: Known(pile.block.block.results, outputs[t], None) for pile in piles for t in pile.tasks}
+
+        return self._batched(piles, together, singly)
+
+    def _batched(self, piles: list[Pile], together: Callable[[], _T], singly: Callable[[], _T]) -> _T:
+        """Compute all at once if results are known well enough and it can be done; else one by one."""
         samples = self._program.tables.samples
+        reason = None
         if all((pile.block.function, result) in samples for pile in piles for result in pile.block.block.results):
             try:
-                return self._together(piles, levels, requests, shared)
+                return together()
             except Exception as error:  # noqa: BLE001 - one by one, an operation that fails is found with its line
                 reason = str(error) or type(error).__name__
-        else:
-            reason = None
-        results = one_by_one(piles, len(levels), requests, samples)
+        computed = singly()
         if reason is not None:
             self._program.refusals[reason] = self._program.refusals.get(reason, 0) + 1
-        return results
+        return computed
 
     def _together(
-        self, piles: list[Pile], levels: list[int], requests: list[Request], shared: bool
-    ) -> Sequence[Tensor]:
+        self,
+        piles: list[Pile],
+        levels: list[int],
+        requests: list[Request],
+        shared: bool,
+        leaving: Callable[[Schedule], Bundles],
+    ) -> tuple[Sequence[Tensor], Schedule]:
         """Run all invocations level by level. Raises `NotBatchableError`."""
         tables = self._program.tables
         device = next(iter(tables.samples.values())).device
         schedule = make_schedule(piles, levels, device, [request.task for request in requests], shared)
+        bundles = leaving(schedule)
+        schedule.requested = [request.task for request in bundles.requests]
         columns = [_columns(group, device) for group in schedule.groups]
         parameters = list({id(p): p for pile in piles for p in pile.block.parameters}.values())
         differentiate = self._grad and (bool(parameters) or any(c.requires_grad for held in columns for c in held))
@@ -200,24 +287,42 @@ class Batch:
                 tables.not_summed.add(broken.table)
         runs = [GroupRun.of(*parts) for parts in zip(schedule.groups, staged, columns, strict=True)]
         run = Run(schedule, runs, tables.summed)
-        return differentiable_run(run, requests, parameters, columns, differentiate)
+        return differentiable_run(run, bundles, parameters, columns, differentiate), schedule
+
+
+def _all_outputs(schedule: Schedule) -> Bundles:
+    requests: list[Request] = []
+    sizes: list[int | None] = []
+    for group in schedule.groups:
+        if not isinstance(group.pile, GivenPile):
+            for output in range(len(group.block.block.results)):
+                requests += [Request(int(task), output) for task in group.tasks]
+                sizes.append(len(group.tasks))
+    return Bundles(requests, sizes)
 
 
 def _columns(group: Group, device: torch.device) -> list[Tensor]:
     if not group.block.block.hosts:
         return []
-    rows = [group.pile.hosts[position] for position in group.order.tolist()]
+    order = group.order.tolist()
+    if isinstance(group.pile, GivenPile):
+        return [group.pile.column(index, order, device) for index in range(group.block.block.hosts)]
+    rows = [group.pile.hosts[position] for position in order]
     return [column(values, device) for values in zip(*rows, strict=True)]
 
 
-def one_by_one(piles: list[Pile], count: int, requests: list[Request], samples: dict[Table, Sample]) -> list[Tensor]:
+def one_by_one(piles: list[Pile], count: int, samples: dict[Table, Sample]) -> list[list[Any]]:
     """Run each invocation by itself, with eager's own operations and history; note what results are like."""
     work: list[Any] = [None] * count
     for pile in piles:
-        for number, invocations, hosts in zip(pile.tasks, pile.invocations, pile.hosts, strict=True):
-            work[number] = pile.block, invocations, hosts
+        known = pile.known if isinstance(pile, GivenPile) else [None] * len(pile.tasks)
+        for number, *rest in zip(pile.tasks, known, pile.invocations, pile.hosts, strict=True):
+            work[number] = pile.block, *rest
     outputs: list[list[Any]] = []
-    for block, invocations, hosts in work:
+    for block, known, invocations, hosts in work:
+        if known is not None:
+            outputs.append([known.value(result) for result in block.block.results])
+            continue
         operands = [
             outputs[child := invocations[operand.invocation]][work[child][0].block.results.index(operand.result)]
             for operand in block.operands
@@ -226,11 +331,14 @@ def one_by_one(piles: list[Pile], count: int, requests: list[Request], samples: 
         for result, output in zip(block.block.results, outputs[-1], strict=False):
             if isinstance(output, Tensor):
                 samples.setdefault((block.function, result), Sample.of(output))
-    return [_own(outputs[request.task][request.output]) for request in requests]
+    return outputs
 
 
-def _own(value: Any) -> Tensor:
-    """Return a value as a tensor object that nobody else holds."""
-    if not isinstance(value, Tensor):
-        return torch.tensor(value)
-    return value.view_as(value)
+def _read(known: Known, result: int, copied: dict[int, Any]) -> Any:
+    """Return a result for Python to read: on the host, without history. What comes in rows is copied at once."""
+    held = known.source(result)
+    if known.row is None:
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), held)
+    if id(held) not in copied:
+        copied[id(held)] = held.detach().cpu().unbind()
+    return copied[id(held)][known.row]

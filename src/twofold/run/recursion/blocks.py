@@ -25,6 +25,9 @@ _ARITHMETIC = frozenset(
 )
 
 
+_CONTAINERS = (tuple, list, dict, reversed)
+
+
 @dataclass(eq=False)
 class RunnableBlock:
     """A block with what running it has taught."""
@@ -97,10 +100,11 @@ def _numbers(body: SubGraph) -> set[Value]:
     """Return the values that are numbers to compute with wherever they are used: indices, operands, new tensors."""
     numbers: set[Value] = set()
     others: set[Value] = set()
+    made = {value for node in body.nodes if node.target in _CONTAINERS for value in node.results}
     for node in body.nodes:
         if node.op == "get_item":
-            key = node.arguments[1]
-            steering = list(values_in(key)) if type(key) is slice else []
+            holder, key = node.arguments
+            steering = list(values_in(key)) if type(key) is slice or holder in made else []
             numbers.update(set(node.operands) - set(steering))
             others.update(steering)
         elif node.op == "call" and (node.target in _ARITHMETIC or node.target in (torch.tensor, torch.as_tensor)):

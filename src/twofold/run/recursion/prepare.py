@@ -41,7 +41,7 @@ class Tables:
 
     def update(self, blocks: Sequence[RunnableBlock]) -> None:
         """Take note of who takes what from whom."""
-        taken = {(o.callee, o.result) for block in blocks for o in block.operands}
+        taken = {(o.callee, o.result) for block in blocks for o in block.operands} & self.samples.keys()
         foreign = {(o.callee, o.result) for block in blocks for o in block.operands if o.callee != block.function}
         sums = taken - foreign - self.not_summed
         self.summed = frozenset(table for table in sums if self.samples[table].dtype.is_floating_point)

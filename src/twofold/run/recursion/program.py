@@ -12,12 +12,25 @@ from typing import Any
 
 import torch
 
-from twofold.convert.from_source import Converted, Slices, make_block, planner_source, tensor_results
+from twofold.convert.from_source import (
+    Block,
+    Converted,
+    Slices,
+    constructed,
+    make_block,
+    make_entry,
+    planner_source,
+    tensor_parameters,
+    tensor_results,
+)
+from twofold.graph import Constant, Value
 
 from .batch import Batch, Pile
 from .blocks import RunnableBlock
 from .deferred import PENDING, defer
+from .pieces import Pieces
 from .prepare import Tables
+from .waves import Frame, Late, run_waves
 
 WALKED = 100
 """Levels that are walked by ordinary recursion, which is faster, before a stack of our own is used."""
@@ -38,11 +51,17 @@ class Program:
         """Why blocks ran one invocation at a time, and how often."""
         held = [tensor for fixed in slices.fixed.values() for tensor in _tensors(fixed)]
         self._tensors = list({id(tensor): tensor for tensor in held}.values())
+        self.given: dict[Any, RunnableBlock] = {}
+        """Blocks of invocations whose results are known."""
+        self.pieces: dict[Any, RunnableBlock] = {}
         self.batch = Batch(self)
-        self._walk = self._make_planners()[f"walk_{converted.entry}"]
+        self._planners = self._make_planners()
         entry = converted.functions[converted.entry]
-        self.results = tensor_results(converted.graph.subgraphs[entry.name], slices)
-        self._count = entry.results
+        body = converted.graph.subgraphs[entry.name]
+        self.results = tensor_results(body, slices)
+        self._form, self._count = entry.form, len(body.outputs)
+        self._given = tensor_parameters(body, slices)
+        self._entry = self.batch.pile(self.piece(make_entry(entry.name, body, slices)))
 
     def _make_planners(self) -> dict[str, Callable[..., Any]]:
         """Compile the planners of all functions; each finds the others by name."""
@@ -52,12 +71,16 @@ class Program:
             def block_of(decisions: tuple[Any, ...], name: str = name) -> Pile:
                 return self.batch.pile(self.block(name, decisions))
 
-            runtime = {"emit": self.batch.emit, "keep": defer, "drive": drive}
+            pieces = Pieces(self, name)
+            cut, fetch, finish = pieces.waiting if self.slices.fetches else pieces.at_once
+            runtime: dict[str, Any] = {"emit": self.batch.emit, "keep": defer, "drive": drive, "Late": Late}
+            runtime.update(cut=cut, fetch=fetch, finish=finish)
             source = planner_source(self.converted, self.slices, name, block_of, runtime)
             scope = {**source.objects}
             code = compile(source.text, f"<twofold planner of {name}>", "exec")
             exec(code, scope)
-            namespace.update((f"{kind}_{name}", scope[f"{kind}_{name}"]) for kind in ("walk", "plan"))
+            forms = ("wave",) if self.slices.fetches else ("walk", "plan")
+            namespace.update((f"{form}_{name}", scope[f"{form}_{name}"]) for form in forms)
         for planner in namespace.values():
             planner.__globals__.update(namespace)
         return namespace
@@ -70,33 +93,97 @@ class Program:
             known = self.blocks[function, decisions] = block
         return known
 
+    def piece(self, block: Block) -> RunnableBlock:
+        """Return a piece, or arguments of a call, to be run; arguments that come from the same tables are one."""
+        key = block.body.name if block.body.nodes else (block.function, block.operands, _form(block))
+        known = self.pieces.get(key)
+        if known is None:
+            known = self.pieces[key] = RunnableBlock(block)
+        return known
+
     def all_blocks(self) -> list[RunnableBlock]:
         """Return all blocks met so far, variants included."""
-        blocks = list(self.blocks.values())
+        blocks = [*self.blocks.values(), *self.pieces.values()]
         return [*blocks, *(variant for block in blocks for variant in block.variants.values())]
 
     def versions(self) -> list[int]:
         """Return the version counters of the tensors from outside."""
         return [tensor._version for tensor in self._tensors]
 
-    def call(self, arguments: Sequence[Any]) -> Any:
-        """Plan one call from ordinary Python; return its results, tensors deferred."""
+    def call(self, calls: Sequence[Sequence[Any]]) -> list[Any]:
+        """Plan calls from ordinary Python, given their arguments; return the results of each, tensors deferred.
+
+        Raises what the planners raise, and `AbandonedError` where calls that are planned side by side raise anything:
+        none of them has had an effect then.
+        """
         self.batch.begin()
+        mark = self.batch.mark()
         try:
-            held = self._walk(*arguments, WALKED)
+            if self.slices.fetches:
+                planned = self._plan_in_waves(calls)
+            else:
+                walk = self._planners[f"walk_{self.name}"]
+                planned = [_split(walk(*self._given_to(arguments), WALKED)) for arguments in calls]
+        except BaseException as error:
+            self.batch.rewind(mark)
+            if self.slices.fetches and not self.slices.effects and not isinstance(error, RecursionError):
+                reason = f"calls ran as plain Python after {type(error).__name__}: {error}"
+                self.refusals[reason] = self.refusals.get(reason, 0) + 1
+                raise AbandonedError from error
+            raise
         finally:
             self.batch.end()
             PENDING.add(self.batch)
-        number, hosts = (held, ()) if type(held) is int else (held[0], held[1:])
+        return [self._results(number, hosts) for number, hosts in planned]
+
+    def _given_to(self, arguments: Sequence[Any]) -> list[Any]:
+        """Return what a planner is given for the arguments of an outermost call."""
+        if not self._given:
+            return list(arguments)
+        tensors = [arguments[index] for index in self._given]
+        others = [argument for index, argument in enumerate(arguments) if index not in self._given]
+        return [*others, self.batch.emit(self._entry, (), tensors, ())]
+
+    def _plan_in_waves(self, calls: Sequence[Sequence[Any]]) -> list[tuple[int, Sequence[Any]]]:
+        plan = self._planners[f"wave_{self.name}"]
+        planners = [plan(*self._given_to(arguments)) for arguments in calls]
+        frames = run_waves(planners, self.batch.fetch, not self.slices.effects, _check_frame)
+        return [(frame.number, frame.hosts) for frame in frames]
+
+    def _results(self, number: int, hosts: Sequence[Any]) -> Any:
+        """Return the results of a call: tensors deferred, the others as they are."""
         others = iter(hosts)
         results: list[Any] = []
-        for index in range(self._count or 1):
+        for index in range(self._count):
             if index in self.results:
                 results.append(deferred := defer())
                 self.batch.want_result(number, self.results.index(index), deferred)
             else:
                 results.append(next(others))
-        return results[0] if self._count is None else tuple(results)
+        return constructed(self._form, iter(results))
+
+
+class AbandonedError(Exception):
+    """Planning was given up, without effects: the calls are to be made in plain Python."""
+
+
+def _split(held: Any) -> tuple[int, Sequence[Any]]:
+    """Return an invocation's number and its results that are no tensors."""
+    return (held, ()) if type(held) is int else (held[0], held[1:])
+
+
+def _form(block: Block) -> Any:
+    """Return what arguments of a call are, up to the names of values."""
+    names = {value: index for index, value in enumerate(block.body.inputs)}
+
+    def form(argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(map(form, argument))
+        if isinstance(argument, Constant):
+            return "object", id(argument.object)
+        return ("input", names[argument]) if isinstance(argument, Value) else (type(argument), argument)
+
+    return tuple(map(form, block.body.outputs))
 
 
 def _tensors(held: object) -> list[torch.Tensor]:
@@ -130,9 +217,20 @@ def _arguments(planner: Any) -> tuple[int, ...]:
     return (id(code), *(id(held[name]) for name in code.co_varnames[: code.co_argcount]))
 
 
+def _check_frame(frame: Frame) -> None:
+    """Raise RecursionError as `_check_depth` does; each time that the depth has doubled."""
+    if frame.depth % FIRST_DEPTH_CHECK == 0 and frame.depth:
+        waiting: list[Any] = []
+        above = frame.caller
+        while above is not None:
+            waiting.append(above.planner)
+            above = above.caller
+        _check_depth(waiting[::-1], frame.planner)
+
+
 def _check_depth(waiting: Sequence[Any], planner: Any) -> None:
     """Raise RecursionError if a call waits for one with the same arguments, or the depth is beyond all reason."""
-    own, name = _arguments(planner), planner.gi_code.co_name.removeprefix("plan_")
+    own, name = _arguments(planner), planner.gi_code.co_name.partition("_")[2]
     for distance, other in enumerate(reversed(waiting), 1):
         if _arguments(other) == own:
             raise RecursionError(

@@ -33,6 +33,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from twofold.convert.from_source import line_of
 from twofold.graph import Constant, Node, SubGraph, Value, evaluate, values_in
 
+from .decompositions import DECOMPOSITIONS
 from .rewrite import fuse_products, join_gates
 
 aten = torch.ops.aten
@@ -259,7 +260,7 @@ def _trace(
     wanted = [index for index, sample in enumerate(samples) if sample.differentiable]
 
     def single(index: Tensor, *values: Any) -> tuple[Tensor, ...]:
-        held = run_body(body, values, {torch.tensor: construct, torch.as_tensor: construct})
+        held = run_body(body, values, {**DECOMPOSITIONS, torch.tensor: construct, torch.as_tensor: construct})
         return tuple(_as_tensor(item, result) for item, result in zip(held, results, strict=True))
 
     def mapped(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -396,12 +397,29 @@ def _sole_use(node: fx.Node) -> bool:
     return bool(node.args) and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1
 
 
+def _out_of_place(target: Any) -> Any:
+    """Return the operation that makes anew what this one writes to its first argument; itself if there is none."""
+    name = target._opname if isinstance(target, torch._ops.OpOverload) else ""
+    if not name.endswith("_") or name.startswith("_"):
+        return target
+    return getattr(getattr(aten, name[:-1], None), target._overloadname, target)
+
+
+def _sole_use_of_new(node: fx.Node) -> bool:
+    """Say whether a node alone uses its first argument, which shares memory with nothing else, at its own dtype."""
+    made: Any = node.args[0].target if _sole_use(node) else None  # type: ignore[union-attr]
+    new = isinstance(made, torch._ops.OpOverload) and not any(r.alias_info for r in made._schema.returns)
+    dtypes = {source.meta["val"].dtype for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)}
+    return new and made is not aten.contiguous.default and len(dtypes - {torch.bool}) <= 1
+
+
 def _simplify(graph: fx.Graph) -> None:
     """Remove what tracing leaves behind: aliases, views that change nothing, transposes of transposes."""
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         node.target = _RESHAPED_IN_PLACE.get(node.target, node.target) if _sole_use(node) else node.target
+        node.target = _out_of_place(node.target) if _sole_use_of_new(node) else node.target
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise NotBatchableError(f"{node.target} writes in place")
         if node.target is aten.as_strided.default:

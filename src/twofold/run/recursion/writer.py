@@ -115,7 +115,7 @@ class Writer:
         alike = all(part.meta["val"].dtype is cat.meta["val"].dtype for part in parts)
         if not (own and sole and alike) or any(not _writes(node) or node in self._place for node in sources):
             return
-        names = [f"{cat.name}_{index}" for index in range(len(parts))]
+        names = [f"{cat.name}_part_{index}" for index in range(len(parts))]  # `cat_1` is a node's own
         sizes = [part.meta["val"].shape[dimension] for part in parts]
         split = self._object(aten.split_with_sizes.default, torch.split_with_sizes)
         self._lines.append(f"{', '.join(names)}, = {split}({cat.name}, {sizes}, {dimension})")

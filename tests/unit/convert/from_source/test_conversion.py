@@ -116,20 +116,23 @@ def test_a_block_is_the_tensor_slice_of_one_way() -> None:
     ]
 
 
-def on_a_value(node: Any) -> Any:
+def on_memory(node: Any) -> Any:
     h = layer(weights[:1])
-    if h.sum() > 0:
+    if h.detach().numpy()[0, 0] > 0:
         return h
-    return on_a_value(node.left)
+    return on_memory(node.left)
 
 
-def with_a_tensor_argument(node: Any, h: Any) -> Any:
-    return with_a_tensor_argument(node.left, layer(h * weights[0]))
+def with_a_list_argument(node: Any, states: Any) -> Any:
+    return with_a_list_argument(node.left, [layer(weights[:1]), weights[0]])
 
 
-def returning_from_a_loop(node: Any) -> Any:
+def else_of_a_loop(node: Any) -> Any:
     for child in node.children:
-        return returning_from_a_loop(child)
+        if child is None:
+            break
+    else:
+        return else_of_a_loop(node.left)
     return weights[0]
 
 
@@ -138,6 +141,20 @@ def trying(node: Any) -> Any:
         return trying(node.left)
     except ValueError:
         return weights[0]
+
+
+def trying_tensors(node: Any) -> Any:
+    h = weights[0]
+    try:
+        h = h * 2.0
+    except ValueError:
+        h = weights[1]
+    return trying_tensors(node.left) + h
+
+
+def recursive_in_a_lambda(node: Any) -> Any:
+    total = max(node, key=lambda child: recursive_in_a_lambda(child))
+    return weights[total]
 
 
 def generating(node: Any) -> Any:
@@ -167,10 +184,20 @@ def writing(node: Any) -> Any:
 @pytest.mark.parametrize(
     ("function", "code", "line"),
     [
-        (on_a_value, "tensor_fetch", "if h.sum() > 0:"),
-        (with_a_tensor_argument, "tensor_argument", "return with_a_tensor_argument(node.left, layer(h * weights[0]))"),
-        (returning_from_a_loop, "return_in_loop", "for child in node.children:"),
+        (on_memory, "tensor_fetch", "if h.detach().numpy()[0, 0] > 0:"),
+        (
+            with_a_list_argument,
+            "tensor_argument",
+            "return with_a_list_argument(node.left, [layer(weights[:1]), weights[0]])",
+        ),
+        (else_of_a_loop, "return_in_loop", "for child in node.children:"),
         (trying, "unsupported_syntax", "try:"),
+        (trying_tensors, "unsupported_call", "try:"),
+        (
+            recursive_in_a_lambda,
+            "unsupported_syntax",
+            "total = max(node, key=lambda child: recursive_in_a_lambda(child))",
+        ),
         (generating, "unsupported_syntax", "yield weights[0]"),
         (drawing, "random", "return torch.dropout(drawing(node.left), 0.5, True)"),
         (printing, "unsupported_call", "print(weights[0] + printing(node.left))"),

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import twofold
 from tests.hazards.programs import MakeStep, Parts, training
 from tests.unit.convert.speculation.executing import EXACT
-from twofold.convert.refusals import HINTS, Refused
+from twofold.convert.refusals import HINTS, Refusal, Refused
 from twofold.convert.speculation.convert import speculate
 
 REFUSED: dict[str, tuple[MakeStep, str, str]] = {}
@@ -147,9 +148,8 @@ def optimizer_closure(parts: Parts) -> Callable[..., Any]:
     return step
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refusals_name_code_and_line(name: str) -> None:
-    make_step, code, line = REFUSED[name]
+def refusal_of(make_step: MakeStep) -> Refusal:
+    """Return why a step is not converted, after six calls of it."""
     torch.manual_seed(0)
     program = training(make_step)()
     function = twofold.function(program.step, **EXACT)
@@ -158,7 +158,60 @@ def test_refusals_name_code_and_line(name: str) -> None:
     graph = function._driver.graph
     with pytest.raises(Refused) as caught:
         speculate(program.step, program.batches(6), {}, graph, graph.signature())
-    refusal = caught.value.refusal
+    return caught.value.refusal
+
+
+class Recursion:
+    """A recursive function, alone, as a method, and built by hand."""
+
+    def __init__(self) -> None:
+        self.leaf = SimpleNamespace(children=[])
+        self.tree = SimpleNamespace(children=[self.leaf, self.leaf])
+        self.double = twofold.DeclaredSubGraph("double", inputs=["f32[6,4]"], outputs=["f32[6,4]"])
+        self.double.define(lambda x: x * 2)
+
+        @twofold.subgraph
+        def leaves(node: Any) -> torch.Tensor:
+            return sum((leaves(child) for child in node.children), torch.zeros(1)) if node.children else torch.ones(1)
+
+        self.leaves = leaves
+
+    @twofold.subgraph
+    def count(self, node: Any) -> torch.Tensor:
+        total = torch.ones(1)
+        for child in node.children:
+            total = total + self.count(child)
+        return total
+
+
+RECURSIVE_CALLS: dict[str, tuple[str, Callable[[Recursion, torch.Tensor], Any]]] = {
+    "call": ("foreign_function", lambda recursion, x: recursion.leaves(recursion.tree)),
+    "map": ("foreign_function", lambda recursion, x: recursion.leaves.map([recursion.tree])),
+    "key": ("foreign_function", lambda recursion, x: max([recursion.leaf, recursion.tree], key=recursion.leaves)),
+    "method": ("unsupported_object", lambda recursion, x: recursion.count(recursion.tree)),
+    "declared": ("foreign_function", lambda recursion, x: recursion.double(x)),
+}
+
+
+@pytest.mark.parametrize("name", RECURSIVE_CALLS)
+def test_recursive_calls_are_neither_run_nor_left_out(name: str) -> None:
+    code, call = RECURSIVE_CALLS[name]
+    recursion = Recursion()
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number, x, y):
+            call(recursion, x)
+            return parts.train(x, y)
+
+        return step
+
+    assert refusal_of(make).code == code
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_code_and_line(name: str) -> None:
+    make_step, code, line = REFUSED[name]
+    refusal = refusal_of(make_step)
     assert refusal.code == code, refusal
     assert refusal.code in HINTS
     assert line in refusal.line or line in refusal.construct or code == "no_source", refusal

@@ -101,3 +101,47 @@ def evaluate(cell: Cell, node: Node, plain: Any) -> Any:
             return plain(self, child)
 
     return plain(Plain(), node)
+
+
+class TwoGates(Cell):
+    """Two cells, each of which joins the gradients of its gates: names of parts are not those of other joins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 16)
+        self.other = nn.Linear(4, 16)
+
+    @twofold.subgraph(strict=True)
+    def encode(self, node: Node) -> Any:
+        if node.left is None:
+            h = c = torch.tensor([[node.number] * 4])
+        else:
+            hl, cl = self.encode(node.left)
+            hr, cr = self.encode(node.right)
+            i, o, f, u = self.inner(hl + hr).chunk(4, 1)
+            j, p, g, v = self.other(hl * hr).chunk(4, 1)
+            c = i.sigmoid() * u.tanh() + f.sigmoid() * cl + g.sigmoid() * cr
+            c = c + j.sigmoid() * v.tanh()
+            h = o.sigmoid() * c.tanh() + p.sigmoid() * c
+        return h, c
+
+
+def test_two_joins_of_gradients() -> None:
+    cell = TwoGates()
+    plain: Any = TwoGates.encode.function
+    found: list[list[torch.Tensor]] = []
+
+    class Plain:
+        inner, other = cell.inner, cell.other
+
+        def encode(self, child: Node) -> Any:
+            return plain(self, child)
+
+    for call in (cell.encode, Plain().encode):
+        for _ in range(3):
+            cell.zero_grad()
+            h, c = call(comb(5))
+            (h.sum() * 2 + c.square().sum()).backward()
+        found.append([parameter.grad.clone() for parameter in cell.parameters()])
+    assert not cell.encode.unbatched
+    torch.testing.assert_close(*found)
