@@ -579,3 +579,24 @@ def test_units_run_as_graphs_beside_recursion() -> None:
     tree = SimpleNamespace(left=None, right=SimpleNamespace(left=None, right=None))
     assert float(total(tree)) == 3
     runs_as_graph(factory, at_least=4)
+
+
+def shapes(decorate: Any) -> Any:
+    @decorate
+    def shaped(node: Any) -> torch.Tensor:
+        total = torch.full((1, 4), float(node.size))
+        for child in node.children:
+            total = total + shaped(child).reshape(1, 4)
+        return total.reshape([child.size for child in node.children] or [1, 4])
+
+    return shaped
+
+
+def test_an_operation_is_given_a_list_that_python_made() -> None:
+    def tree(size: int, *children: SimpleNamespace) -> SimpleNamespace:
+        return SimpleNamespace(size=size, children=list(children))
+
+    decorated, plain = shapes(twofold.subgraph), shapes(lambda function: function)
+    for one in [tree(1, tree(2), tree(2)), tree(3, tree(4), tree(1))] * 3:
+        assert torch.equal(decorated(one) + 0, plain(one))
+    assert decorated.refusal is None

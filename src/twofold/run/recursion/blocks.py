@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from twofold.convert.from_source import Block, Operand
+from twofold.errors import TwofoldError
 from twofold.graph import Constant, SubGraph, Value, map_values, values_in
 
 from .parts import Staged
@@ -75,7 +76,12 @@ class RunnableBlock:
     def variant(self, hosts: Sequence[Any]) -> RunnableBlock:
         """Return the block for given values of the host values that steer operations."""
         key = tuple((type(hosts[index]), hosts[index]) for index in self.constant_hosts)
-        known = self.variants.get(key)
+        try:
+            known = self.variants.get(key)
+        except TypeError:  # lists, which may be changed later
+            hosts = [_frozen(host) if index in self.constant_hosts else host for index, host in enumerate(hosts)]
+            key = tuple(_key(hosts[index]) for index in self.constant_hosts)
+            known = self.variants.get(key)
         if known is None:
             known = self.variants[key] = RunnableBlock(_specialised(self.block, self.constant_hosts, hosts))
         return known
@@ -151,5 +157,24 @@ def _linked(block: Block, places: Sequence[tuple[int, str, int]]) -> Block:
     )
 
 
+_SCALARS = (int, float, bool, str, type(None))
+
+
+def _frozen(held: Any) -> Any:
+    """Return a copy of lists of scalars, such as shapes. Raises `TwofoldError` for what cannot be told by value."""
+    if type(held) in (list, tuple):
+        return type(held)(map(_frozen, held))
+    if held.__hash__ is None or isinstance(held, torch.Tensor):
+        raise TwofoldError(
+            f"twofold.subgraph: an operation is given a {type(held).__name__} that Python code made. Give it tensors "
+            "and numbers by themselves, or in a list that is written in the call"
+        )
+    return held
+
+
+def _key(held: Any) -> Any:
+    return (type(held), tuple(map(_key, held)) if type(held) in (list, tuple) else held)
+
+
 def _constant(held: Any) -> Any:
-    return held if type(held) in (int, float, bool, str, type(None)) else Constant(held)
+    return held if type(held) in _SCALARS else Constant(held)
