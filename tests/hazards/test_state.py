@@ -404,3 +404,29 @@ def test_recurrent_modules() -> None:
 
     for mode in MODES:
         accounted(training(clip, model=Recurrent), 8, mode)
+
+
+def test_a_batch_is_changed_through_a_view() -> None:
+    def make(parts: Parts) -> Any:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            rows = x.unbind()
+            rows[0].detach().mul_(2)
+            x[1:].add_(1)
+            return x[:1] * 1, parts.train(x, y)
+
+        return step
+
+    same(training(make), 10, engine="coexecution")
+    same(training(make), 10, engine="speculation")
+
+
+def test_a_dry_run_sets_nothing_for_the_process() -> None:
+    def make(parts: Parts) -> Any:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            with torch.autograd.set_detect_anomaly(number % 2 == 1):
+                return parts.train(x, y)
+
+        return step
+
+    same(training(make), 12, engine="speculation")
+    assert not torch.is_anomaly_enabled()

@@ -458,9 +458,9 @@ class _Builder:
             for operation in event.operations
             for number in operation.writes()
         }
-        for value in self.feeds:
-            if any(self.values.get(number) is value for number in written):
-                raise UnsupportedPath("unsupported_call", "a tensor that is fed to the unit is changed in place")
+        views = view_nodes(self.nodes)
+        if any(root_of(self.values[number], views) in self.feeds for number in written if number in self.values):
+            raise UnsupportedPath("unsupported_call", "a tensor that is fed to the unit is changed in place")
         inputs = (*self.statics, *self.entries.values(), *self.settings)
         feeds = [Node("feed", None, (), (("name", value.name),), (value,)) for value in (*self.feeds, *self.tangents)]
         graph = Graph("unit", inputs, (*feeds, *self.nodes), tuple(dict.fromkeys(finals)))

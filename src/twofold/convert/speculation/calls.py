@@ -41,7 +41,7 @@ from .items import (
     Super,
     Tensor,
 )
-from .library import CONTEXTS, PURE, find_in_class, is_overridable, is_plain_class, is_torch
+from .library import CONTEXTS, PURE, find_in_class, is_overridable, is_plain_class, is_torch, sets_process_state
 from .source import Code
 from .speculation import referent, unhooked
 from .torch_calls import TorchCalls
@@ -136,6 +136,8 @@ class Calls(TorchCalls):
         if isinstance(function, types.MethodType):
             raise self.refuse("foreign_function", f"calls {function.__qualname__}")
         if is_torch(function):
+            if sets_process_state(function):
+                raise self.refuse("foreign_function", f"calls torch.{function.__name__}, for the whole process")
             return self._call_torch(function, arguments, keywords)
         try:
             is_pure = function in PURE

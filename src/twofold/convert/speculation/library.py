@@ -101,6 +101,15 @@ def is_torch(function: Any) -> bool:
     return owner is not None and issubclass(owner, torch.Tensor)
 
 
+_SETTERS = ("set_", "_set_", "manual_seed", "seed", "use_deterministic")
+
+
+def sets_process_state(function: Any) -> bool:
+    """Whether a function of PyTorch sets something for the whole process: a dry run must not call it."""
+    name = getattr(function, "__name__", "")
+    return not name.endswith("_") and name.startswith(_SETTERS) and not hasattr(function, "__objclass__")
+
+
 def is_change(function: Any) -> bool:
     """Whether a torch function writes to its first argument."""
     name = getattr(function, "__name__", "")
