@@ -1,4 +1,8 @@
-"""Every test starts from the same seeds and two threads; tests marked ``gpu`` run where there is one."""
+"""Every test starts from the same seeds and two threads; tests marked ``gpu`` run where there is one.
+
+`pytest --device cuda` makes the tensors of all other tests there too, so that hazards and random programs are seen on
+an accelerator. Some of them are about the CPU and fail so; a difference from eager is a defect wherever it comes from.
+"""
 
 import random
 
@@ -13,17 +17,26 @@ settings.register_profile("explore", derandomize=False)
 settings.load_profile("steady")
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tensors are made by default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
+    # cuDNN's fastest backward kernels add up in any order: eager would differ from eager.
+    torch.backends.cudnn.deterministic = True
+    if config.getoption("device") == "cuda":
+        # Not torch.set_default_device, which is a function mode: programs would run under it.
+        torch.set_default_tensor_type("torch.cuda.FloatTensor")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needs_gpu:
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=needs_gpu)
+    unfit = set() if torch.cuda.is_available() else {"gpu"}
+    unfit |= {"cpu"} if config.getoption("device") == "cuda" else set()
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in unfit)]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,8 @@ SIZES: dict[Size, tuple[int, tuple[int, int, int], int, int, int]] = {
     "small": (16, (1, 1, 1), 75, 2, 10),
     "full": (1, (3, 4, 2), 299, 64, 1000),
 }
+# The second classifier's window, its stride, and the side of what it sees then: of a middle grid of 3 and of 17.
+SECOND: dict[Size, tuple[int, int, int]] = {"small": (1, 1, 3), "full": (5, 3, 5)}
 BATCHES = 5
 HELD_OUT = 4
 """The last batch of five is only looked at."""
@@ -99,20 +101,21 @@ class Expanded(nn.Module):
 class SecondClassifier(nn.Module):
     """Asked for the label half way through, so that gradients reach the lower layers."""
 
-    def __init__(self, inputs: int, divisor: int, classes: int) -> None:
+    def __init__(self, inputs: int, divisor: int, classes: int, window: int, stride: int, side: int) -> None:
         super().__init__()
+        self.pool = nn.AvgPool2d(window, stride)
         self.conv1 = Convolution(inputs, 128 // divisor, 1)
-        self.conv2 = Convolution(128 // divisor, 768 // divisor, 5)
+        self.conv2 = Convolution(128 // divisor, 768 // divisor, side)
         self.classify = nn.Linear(768 // divisor, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classify(self.conv2(self.conv1(F.adaptive_avg_pool2d(x, 5))).flatten(1))
+        return self.classify(self.conv2(self.conv1(self.pool(x))).flatten(1))
 
 
 class Inception(nn.Module):
     """Return logits, and while training also those of the second classifier."""
 
-    def __init__(self, divisor: int, blocks: tuple[int, int, int], classes: int) -> None:
+    def __init__(self, divisor: int, blocks: tuple[int, int, int], classes: int, second: tuple[int, int, int]) -> None:
         super().__init__()
 
         def c(channels: int) -> int:
@@ -138,7 +141,7 @@ class Inception(nn.Module):
             layers.append(mixed := Mixed(inputs, branches, c(192)))
             inputs = mixed.outputs
         self.lower = nn.Sequential(*layers)
-        self.second = SecondClassifier(inputs, divisor, classes)
+        self.second = SecondClassifier(inputs, divisor, classes, *second)
         separable: list[tuple[int, Sides]] = [(c(192), 1), (c(192), (1, 7)), (c(192), (7, 1))]
         reduction = Reduction(inputs, [([(c(192), 1)], c(320)), (separable, c(192))])
         layers, inputs = [reduction], reduction.outputs
@@ -158,7 +161,7 @@ class Inception(nn.Module):
 
 def build(size: Size, device: torch.device, compile_model: CompileModel = identity) -> Program:
     divisor, blocks, side, batch, classes = SIZES[size]
-    model = Inception(divisor, blocks, classes).to(device)
+    model = Inception(divisor, blocks, classes, SECOND[size]).to(device)
     run_model = compile_model(model)
     optimizer = adam(model.parameters(), device)
     history: dict[str, list[torch.Tensor]] = {"losses": [], "correct": []}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from benchmarks.programs import Program
-from tests.differential import Factory, assert_same, function, program
+from tests.differential import Factory, assert_same, exact_backend, function, program
 
 Mode = Literal["function", "program"]
 MODES: tuple[Mode, ...] = ("function", "program")
@@ -84,7 +84,7 @@ def training(
 
 def same(factory: Factory, steps: int = STEPS, mode: Mode = "function", **options: Any) -> dict[str, Any]:
     """Nobody can tell the program from eager; return the report."""
-    options = {"numerics": "exact", "backend": "replay", "background": False, **options}
+    options = {"numerics": "exact", "backend": exact_backend(), "background": False, **options}
     if mode == "program":
         # Observing between two steps would itself be part of the loop.
         report = assert_same(factory, steps, program(**options), observe="end")

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import twofold
 from benchmarks.programs import Program
-from tests.differential import Factory, compare, eager, function, program, run
+from tests.differential import Factory, compare, eager, exact_backend, function, program, run
 from tests.hazards.programs import (
     MODES,
     Mode,
@@ -30,7 +30,7 @@ from tests.hazards.programs import (
     training,
 )
 
-OPTIONS: dict[str, Any] = {"numerics": "exact", "backend": "replay", "background": False}
+OPTIONS: dict[str, Any] = {"numerics": "exact", "backend": exact_backend(), "background": False}
 graphed = functools.partial(twofold.function, **OPTIONS)
 
 

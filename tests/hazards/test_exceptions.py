@@ -203,6 +203,7 @@ def test_error_in_a_tensor_call_on_a_known_path() -> None:
         runs_as_graph(training(make), 13, mode)
 
 
+@pytest.mark.cpu
 def test_index_error_that_depends_on_values_comes_late() -> None:
     """A limit: eager execution raises at the call, a graph when it runs. Type, message and state are eager's."""
     weight = torch.nn.Parameter(torch.randn(3, 4))

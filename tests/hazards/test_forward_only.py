@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import twofold
 from benchmarks.programs import Program
-from tests.differential import EXACT, compare, eager, run
+from tests.differential import EXACT, compare, eager, exact_backend, run
 from tests.hazards.programs import summary
 from twofold.run.history import History
 
@@ -113,7 +113,7 @@ def differentiated_outside(
         optimizer = torch.optim.SGD(built.parameters(), lr=0.1, momentum=0.9)
         forward: Any = built
         if decorate:
-            given = {"numerics": "exact", "backend": "replay", "background": False, **options}
+            given = {"numerics": "exact", "backend": exact_backend(), "background": False, **options}
             forward = twofold.function(built, **given)
             decorated.append(forward)
         pool = [(torch.randn(6, 4), torch.randn(6, 3)) for _ in range(3)]

@@ -249,6 +249,7 @@ def test_an_exception_of_the_host_leaves_nothing_half_done() -> None:
         torch.testing.assert_close(encode(balanced(1)).detach(), expected)
 
 
+@pytest.mark.cpu
 def test_an_error_of_an_operation_names_the_line() -> None:
     encode, _ = sum_of_words(strict)
     for _ in range(3):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 
-from tests.differential import Runner, compare, eager, function, run
+from tests.differential import Runner, compare, eager, exact_backend, function, run
 from tests.plain_replay import plain_replay
 from tests.properties.random_programs import CALLS, Source, build, load, programs, written
 
@@ -33,7 +33,7 @@ def test_random_programs_are_exact(engine: str, tmp_path: Path) -> None:
     @relaxed
     @given(programs())
     def check(source: Source) -> None:
-        runner = function(engine=engine, backend="replay", numerics="exact", background=False)
+        runner = function(engine=engine, backend=exact_backend(), numerics="exact", background=False)
         found = differences(source, runner, tmp_path)
         assert found == [], f"{source}\n" + "\n".join(found[:8])
 

@@ -131,7 +131,7 @@ def _host_memory(value: Value) -> torch.Tensor:
     spec = value.spec
     assert spec is not None
     shape = [size for size in spec.shape if size is not None]
-    return torch.empty(shape, dtype=spec.dtype, pin_memory=True)
+    return torch.empty(shape, dtype=spec.dtype, device="cpu", pin_memory=True)
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,6 @@ class Speculator:
         """Whether calls may be speculated on now."""
         return (
             not self.cache.stopped
-            # On an accelerator too few programs have been compared with eager yet: there it has to be asked for.
-            and (self._is_demanded or not self._graph.has_accelerator)
             # What the program has entered around the call is not among the assumptions.
             and not torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
             and torch._C._len_torch_function_stack() == 0
