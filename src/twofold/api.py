@@ -54,6 +54,11 @@ RETRY_AFTER = 2
 """Units after which recording is tried again where it failed or did not pay; the distance doubles each time."""
 
 
+_GRAPH_MEMORY = threading.RLock()
+"""Held while a unit of an accelerator program may run: all captured graphs share memory, so no two may interleave."""
+OTHER_THREAD = "another thread is inside a unit, and captured graphs share their memory"
+
+
 class Mode(Enum):
     """How the next unit runs."""
 
@@ -273,8 +278,16 @@ class Function(Generic[P, R]):
         if not self._lock.acquire(blocking=False):
             self._driver.account.fallback("thread", "called while another thread was inside")
             return self._wrapped(*arguments, **keywords)
+        shares = torch.cuda.is_initialized()
         try:
-            return self._run(*arguments, **keywords)
+            if shares and not _GRAPH_MEMORY.acquire(blocking=False):
+                self._driver.note_empty("thread", OTHER_THREAD)
+                return self._wrapped(*arguments, **keywords)
+            try:
+                return self._run(*arguments, **keywords)
+            finally:
+                if shares:
+                    _GRAPH_MEMORY.release()
         finally:
             self._lock.release()
 
@@ -385,11 +398,17 @@ class Program:
         self._driver = _Driver("program", options)
         self._stop_observing: Callable[[], None] | None = None
         self._thread = 0
+        self._shares = False
 
     def __enter__(self) -> Program:
         if current_listener() is not None:
             raise OptionError("twofold.program cannot be entered inside another unit: enter it outside")
         driver = self._driver
+        self._shares = torch.cuda.is_available()
+        if self._shares and not _GRAPH_MEMORY.acquire(blocking=False):
+            self._shares = False
+            driver.note_empty("thread", OTHER_THREAD)
+            return self
         self._thread = threading.get_ident()
         self._stop_observing = observe_steps(self._on_step)
         driver.between_units = driver.begin_listening
@@ -399,8 +418,9 @@ class Program:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         driver = self._driver
         driver.between_units = None
-        if self._stop_observing is not None:
-            self._stop_observing()
+        if self._stop_observing is None:  # all ran eagerly
+            return
+        self._stop_observing()
         try:
             if error is not None:
                 driver.runner.abandon()
@@ -408,6 +428,8 @@ class Program:
                 driver.runner.end()
         finally:
             driver.interception.stop()
+            if self._shares:
+                _GRAPH_MEMORY.release()
 
     def _on_step(self, _optimizer: Any) -> None:
         if not self._driver.interception.active and threading.get_ident() == self._thread:

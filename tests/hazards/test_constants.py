@@ -13,6 +13,33 @@ from torch.nn import functional as F
 from tests.hazards.programs import MODES, Mode, Parts, accounted, net, runs_as_graph, same, training
 from twofold.run import followed_unit
 
+TAKES_A_NUMBER: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]] = {
+    "alpha": lambda state, x, number: state.copy_(torch.add(state, x.mean(0), alpha=number)),
+    "foreach": lambda state, x, number: torch._foreach_lerp_([state], [x.mean(0)], number),
+    "fill value": lambda state, x, number: state.add_(torch.full((4,), number)),
+    "limit": lambda state, x, number: state.add_(x.mean(0)).clamp_(max=number),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", TAKES_A_NUMBER)
+def test_number_that_an_operation_takes_out_of_a_tensor(name: str, mode: Mode) -> None:
+    """PyTorch unpacks a tensor where an operation wants a number, beneath the call: weights were averaged so."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        state, number = torch.zeros(4), torch.zeros(())
+        parts.seen["state"] = state
+
+        def step(number_of_step: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            with torch.no_grad():
+                number.add_(0.125)
+                TAKES_A_NUMBER[name](state, x, number)
+            return parts.train(x, y).detach()
+
+        return step
+
+    accounted(training(make), 10, mode)
+
 
 @pytest.mark.parametrize("mode", MODES)
 def test_learning_rate_that_changes_every_step(mode: Mode) -> None:

@@ -538,6 +538,33 @@ def test_other_thread_trains_at_the_same_time() -> None:
         assert torch.equal(expected, actual)
 
 
+def test_one_thread_at_a_time_uses_the_memory_of_captured_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    inside, go_on = threading.Event(), threading.Event()
+
+    @graphed
+    def waits(x: torch.Tensor) -> float:
+        inside.set()
+        go_on.wait(20)
+        return x.sum().item()
+
+    @graphed
+    def doubles(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    thread = threading.Thread(target=waits, args=(torch.ones(2),))
+    thread.start()
+    inside.wait(20)
+    assert doubles(torch.ones(2)).tolist() == [2.0, 2.0]
+    go_on.set()
+    thread.join()
+    for _ in range(4):
+        doubles(torch.ones(2))
+    report = twofold.report(doubles).to_dict()
+    assert [(entry["code"], entry["count"]) for entry in report["fallbacks"]] == [("thread", 1)]
+    assert report["graph_iterations"] == 2
+
+
 def test_step_in_another_thread_during_a_program() -> None:
     trainer, other = Trainer(), Trainer()
     reference, other_reference = copy.deepcopy(trainer), copy.deepcopy(other)

@@ -235,6 +235,7 @@ def test_index_error_that_depends_on_values_comes_late() -> None:
     assert not torch.equal(weight, before)
 
 
+@pytest.mark.cpu
 def test_class_out_of_range() -> None:
     def make(parts: Parts) -> Callable[..., Any]:
         def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:

@@ -1,10 +1,15 @@
-"""Gradients that outlive a unit: what was launched and undone, or launched again, must not show in them."""
+"""What outlives a unit: nothing that was launched and undone, or launched again, may show in it."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+import twofold
+from tests.hazards import test_lifetimes as lifetimes
+from tests.hazards import test_tensors_in_python as reads
 from tests.hazards.programs import Parts, same, training
 from tests.hazards.test_launch_ahead import ahead as ahead  # a fixture
 from twofold.backends.executable import Environment
@@ -66,7 +71,24 @@ def keeps(parts: Parts) -> Any:
     return step
 
 
+def shows_gradient(parts: Parts) -> Any:
+    """The program is handed the very memory of a gradient, and what it writes there is in `.grad`."""
+
+    def step(number: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        parts.optimizer.zero_grad()
+        parts.loss(x, y).backward()
+        parts.optimizer.step()
+        return next(parts.model.parameters()).grad[0]
+
+    return step
+
+
 PROGRAMS = {"accumulates": accumulates, "clears_late": clears_late, "keeps": keeps}
+LIFETIMES: dict[str, Callable[[], None]] = {
+    "aliases": lifetimes.test_aliasing_outputs_of_one_unit_without_a_step,
+    "gradients in place": lifetimes.test_gradients_in_place_are_kept,
+    **{name: partial(reads.test_read_of_an_intermediate_tensor, name) for name in ("tensor copy", "ellipsis", "copy")},
+}
 
 
 @pytest.fixture
@@ -136,3 +158,29 @@ def test_harness_catches_gradients_that_are_not_put_back(monkeypatch: pytest.Mon
     )
     with pytest.raises(AssertionError, match="differences from eager"):
         same(training(accumulates), STEPS, engine="coexecution")
+
+
+@pytest.mark.usefixtures("reusing")
+def test_gradient_that_is_handed_out_shares_its_memory() -> None:
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = twofold.function(shows_gradient(Parts(model, optimizer)), backend="replay", background=False)
+    for number in range(6):
+        shown = step(number, torch.randn(6, 4), torch.randn(6, 3))
+        shown.mul_(2)
+        assert torch.equal(shown, model.weight.grad[0])
+    assert twofold.report(step).to_dict()["graph_iterations"] == 3  # the first began with no gradient
+
+
+@pytest.mark.usefixtures("reusing")
+@pytest.mark.parametrize("name", LIFETIMES)
+def test_what_is_handed_out_lasts_where_memory_is_used_again(name: str) -> None:
+    LIFETIMES[name]()
+
+
+@pytest.mark.usefixtures("reusing")
+@pytest.mark.parametrize("name", ["aliases", "ellipsis"])
+def test_harness_catches_copies_that_share_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphRunner, "owned_value", lambda self, value: self.value(value).clone())
+    with pytest.raises(AssertionError, match="differences from eager"):
+        LIFETIMES[name]()

@@ -2,7 +2,8 @@
 
 The record is captured, never the user's Python: libraries ask whether a capture is going on and take another path.
 All captures share one memory pool. That is sound because a unit's segments are always replayed in the order of
-their capture with no other unit between them, and because whatever outlives a unit is held here or copied out.
+their capture with no other unit between them, because whatever outlives a unit is held here or copied out, and because
+a launch on another stream than the last one waits for that.
 """
 
 from __future__ import annotations
@@ -39,6 +40,27 @@ def _pool() -> tuple[Any, torch.cuda.CUDAGraph]:
 @functools.cache
 def _stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
+
+
+class _LastLaunch:
+    """The stream of the last launch of any captured graph."""
+
+    def __init__(self) -> None:
+        self._raw = 0  # the default stream's handle
+        self._stream: torch.cuda.Stream | None = None
+
+    def follow(self) -> None:
+        """Have the current stream wait for the last launch, if that was on another one."""
+        raw = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())  # type: ignore[attr-defined]
+        if raw == self._raw and self._stream is not None:
+            return
+        current = torch.cuda.current_stream()
+        if self._stream is not None:
+            current.wait_stream(self._stream)
+        self._raw, self._stream = raw, current
+
+
+_LAST_LAUNCH = _LastLaunch()
 
 
 class CudaGraphExecutable:
@@ -106,6 +128,8 @@ class CudaGraphExecutable:
 
     def launch(self, index: int, environment: Environment) -> None:
         """Copy in what segment `index` is the first to read, and replay it; see `Executable`."""
+        if index == 0:
+            _LAST_LAUNCH.follow()
         for value in self._copies[index]:
             given = environment[value]
             buffer = self._buffers[value]

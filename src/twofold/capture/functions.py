@@ -110,6 +110,12 @@ def display_name(function: Any) -> str:
 PLAIN_TENSORS: Final[frozenset[type[torch.Tensor]]] = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 """The types, exact, of tensors whose behaviour is PyTorch's own."""
 
+CONTENT_QUESTIONS: Final[frozenset[Any]] = frozenset(
+    {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.equal.default}
+)
+"""ATen operations that answer with a number. Beneath a call that makes tensors, as `alpha=tensor` puts them, that
+number would be a constant of the graph."""
+
 _DYNAMIC_TAGS: Final = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
 

@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 from twofold.graph import Origin, current_ambient
 
 from .functions import (
+    CONTENT_QUESTIONS,
     FROM_HOST_DATA,
     HISTORY,
     HOOKS,
@@ -69,6 +70,8 @@ class Recorder:
         self._host_sites = host_sites
         self._number_sites = number_sites
         self._announced = 0
+        self._asked = False
+        """Whether an operation of the call going on has answered with a number from a tensor."""
         self._optimizer: Optimizer | None = None
         self._step_gradients: tuple[Number | None, ...] = ()
         self._state_size = 0
@@ -118,6 +121,7 @@ class Recorder:
             self.trace.fed_numbers.add(templates[0][1].index)
         if function in DIFFERENTIATE:
             self._note_backward(arguments, keywords, origin)
+        self._asked = False
         result = self._run_announced(function, arguments, keywords)
         operations = self._writer.take_operations()
         made: list[torch.Tensor] = leaves(result, _TENSOR)
@@ -127,6 +131,8 @@ class Recorder:
                 return result
             kind = "fetch"
             templates = self._writer.templates(tuple(given), {})
+        elif kind == "call" and self._asked:
+            self.refuse("unsupported_call", f"{display_name(function)} takes a number out of a tensor", origin)
         if self._is_cpu_work(given, made):
             self._writer.forget_externals(known)
             return result
@@ -150,6 +156,7 @@ class Recorder:
         if target.namespace == "profiler":
             return result
         if not made and not target._schema.is_mutable:
+            self._asked = self._asked or target in CONTENT_QUESTIONS
             return result  # a question, answered to Python: a fetch if a call announced it
         if has_dynamic_shape(target, arguments):
             self.refuse("data_dependent_shape", f"{target} yields a shape that depends on values")
@@ -334,8 +341,8 @@ class Recorder:
 
     def _is_fetch(self, function: Any, given: list[torch.Tensor], made: list[torch.Tensor], result: Any) -> bool:
         if made:
-            if function in FROM_HOST_DATA or function in VALUE_READS:
-                return True
+            if function in FROM_HOST_DATA or function in VALUE_READS:  # as_tensor may give what it was given
+                return not any(tensor is one for tensor in made for one in given)
             crossed = any(t.device.type != "cpu" for t in given) and all(t.device.type == "cpu" for t in made)
             return crossed and self._leave_cpu_to_python
         return result is not None or function is _TENSOR.__repr__

@@ -38,9 +38,11 @@ class Installed:
     pointers: list[int] = field(init=False)
     """Where the statics live."""
     exits: list[tuple[torch.Tensor, Value | None]] = field(init=False)
+    """The leaves whose gradient a unit sets, with the gradient."""
     copied_exits: list[bool] = field(init=False)
     """Which of these are in memory that the next launch writes to."""
-    """The leaves whose gradient a unit sets, with the gradient."""
+    shared_exits: list[bool] = field(init=False)
+    """Which of them are so, and in memory that a tensor which the program is handed shows too."""
     written: list[list[Value]] = field(init=False)
     written_early: list[Value] = field(init=False)
     """What the last segment writes before its optimizer kernels, by which time nothing can fail any more."""
@@ -56,10 +58,11 @@ class Installed:
         self.exits = [(plan.leaf, plan.exit) for plan in program.gradients if not plan.keeps]
         lasting = {*program.statics, *(plan.entry for plan in program.gradients if plan.entry is not None)}
         given = {*lasting, *program.feeds}
-        self.copied_exits = [
-            self.executable.reuses_outputs and value is not None and root_of(value, program.views) not in given
-            for _, value in self.exits
-        ]
+        handed_out = {root_of(value, program.views) for value in program.escapes.values()}
+        roots = [value and root_of(value, program.views) for _, value in self.exits]
+        is_reused = [self.executable.reuses_outputs and root is not None and root not in given for root in roots]
+        self.shared_exits = [reused and root in handed_out for reused, root in zip(is_reused, roots, strict=True)]
+        self.copied_exits = [reused and root not in handed_out for reused, root in zip(is_reused, roots, strict=True)]
         self.written = [
             [value for value in written_roots(segment, program.views) if value in lasting]
             for segment in program.segments
@@ -171,6 +174,8 @@ class GraphRunner:
         """Whether the last segment shall be undone too, if `discard` comes after it."""
         self._feeds = feeds
         self._given = given
+        self._copies: Environment = {}
+        """Of memory that the next launch uses again: what the program is handed."""
         self._saved: dict[Value, torch.Tensor] = {}
         self._random: RandomState | None = None
         self._undo: list[Callable[[], None]] = []
@@ -236,15 +241,20 @@ class GraphRunner:
         return self.installed.value(value, self.environment)
 
     def owned_value(self, value: Value) -> torch.Tensor:
-        """Return a computed value that stays as it is: a copy where the executable uses its memory again."""
+        """Return a computed value that stays as it is and shares memory with whatever eager's shares it with.
+
+        Where the executable uses its memory again, that memory is copied, once: call it when all is launched.
+        """
         root = root_of(value, self.program.views)
         index = self.program.feeds.get(root)
         if index is not None:  # what the program gets is a view of its own tensor, not of our copy
             return self._view_of(value, root, self._given[index].detach())
-        tensor = self.value(value)
-        if root in self.program.statics or not self.installed.executable.reuses_outputs:
-            return tensor.detach()
-        return tensor.clone()
+        lasts = root in self.program.statics or any(plan.entry is root for plan in self.program.gradients)
+        if lasts or not self.installed.executable.reuses_outputs:
+            return self.value(value).detach()
+        if root not in self._copies:
+            self._copies[root] = self.value(root).clone()
+        return self._view_of(value, root, self._copies[root].detach())
 
     def _view_of(self, value: Value, root: Value, tensor: torch.Tensor) -> torch.Tensor:
         environment: Environment = {root: tensor}
@@ -275,7 +285,10 @@ class GraphRunner:
     def commit_gradients(self) -> None:
         """Set `.grad` of all leaves to what eager execution leaves there, in memory of their own."""
         exits, is_copied = self.installed.exits, self.installed.copied_exits
-        gradients = [None if value is None else self.value(value) for _, value in exits]
+        gradients = [
+            None if value is None else self.owned_value(value) if is_shared else self.value(value)
+            for (_, value), is_shared in zip(exits, self.installed.shared_exits, strict=True)
+        ]
         made = [g for g, copied in zip(gradients, is_copied, strict=True) if copied and g is not None]
         copies = [torch.empty_like(gradient) for gradient in made]
         if copies:
