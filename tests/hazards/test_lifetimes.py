@@ -101,6 +101,22 @@ def test_loss_with_freed_history_refuses_a_second_backward() -> None:
     runs_as_graph(training(make, between=between), 8)
 
 
+@pytest.mark.parametrize("engine", ["coexecution", "speculation"])
+def test_loss_with_freed_history_is_changed_in_place(engine: str) -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.seen["loss"] = parts.train(x, y)
+
+        return step
+
+    def between(number: int, parts: Parts) -> None:
+        if number:
+            parts.seen["loss"].mul_(0.5)
+
+    report = runs_as_graph(training(make, between=between), 10, engine=engine)
+    assert (report["speculated_iterations"] > 0) is (engine == "speculation")
+
+
 def test_history_that_is_still_alive_is_used_by_a_later_step() -> None:
     def make(parts: Parts) -> Callable[..., Any]:
         parts.seen["pending"] = []

@@ -123,7 +123,7 @@ class FollowedUnit:
             if known is None:
                 return tensor
             if shows_history and known[1].grad_function:
-                return with_freed_history(value, known[1].grad_function)
+                return with_freed_history(value.detach(), known[1].grad_function)
             return value.requires_grad_() if known[1].requires_grad and known[1].is_leaf else value
 
         arguments, keywords = map_leaves((arguments, keywords), _TENSOR, real)

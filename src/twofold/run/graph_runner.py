@@ -9,7 +9,7 @@ path again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from twofold.backends.executable import Environment, Executable
 from twofold.convert.from_traces import OptimizerPlan, Program
+from twofold.convert.optimizers import Setting
 from twofold.convert.segments import (
     MAX_UNDONE_BYTES,
     Segment,
@@ -28,6 +29,41 @@ from twofold.convert.segments import (
 from twofold.graph import Node, Value, run_node
 
 
+@dataclass(frozen=True, eq=False)
+class GradientExits:
+    """What a unit leaves in `.grad`, column by column: it is set once a unit, for each parameter."""
+
+    leaves: tuple[torch.Tensor, ...]
+    values: tuple[Value, ...]
+    """Their gradients."""
+    cleared: tuple[torch.Tensor, ...]
+    """The leaves that have no gradient after a unit."""
+    views: tuple[Value, ...]
+    """Those of `values` that no segment hands out by themselves."""
+    copied: tuple[int, ...]
+    """The indices of those that lie in memory that the next launch writes to."""
+    shared: tuple[int, ...]
+    """The indices of those that do, in memory that a tensor which the program is handed shows too."""
+
+    @classmethod
+    def of(cls, program: Program, given: Collection[Value], is_reused: bool) -> GradientExits:
+        """Plan for a program; `given` are the values that a unit is given, `is_reused` is what it makes memory of."""
+        plans = [plan for plan in program.gradients if not plan.keeps]
+        pairs = [(plan.leaf, plan.exit) for plan in plans if plan.exit is not None]
+        values = tuple(value for _, value in pairs)
+        roots = [root_of(value, program.views) for value in values]
+        handed_out = {root_of(value, program.views) for value in program.escapes.values()}
+        reused = [index for index, root in enumerate(roots) if is_reused and root not in given]
+        return cls(
+            tuple(leaf for leaf, _ in pairs),
+            values,
+            tuple(plan.leaf for plan in plans if plan.exit is None),
+            tuple(value for value in values if value in program.views),
+            tuple(index for index in reused if roots[index] not in handed_out),
+            tuple(index for index in reused if roots[index] in handed_out),
+        )
+
+
 @dataclass(eq=False)
 class Installed:
     """A program with its executable and what is prepared once for all its units."""
@@ -37,37 +73,38 @@ class Installed:
     statics: Environment = field(init=False)
     pointers: list[int] = field(init=False)
     """Where the statics live."""
-    exits: list[tuple[torch.Tensor, Value | None]] = field(init=False)
-    """The leaves whose gradient a unit sets, with the gradient."""
-    copied_exits: list[bool] = field(init=False)
-    """Which of these are in memory that the next launch writes to."""
-    shared_exits: list[bool] = field(init=False)
-    """Which of them are so, and in memory that a tensor which the program is handed shows too."""
+    entries: list[tuple[Value, torch.Tensor]] = field(init=False)
+    """The gradients that a unit reads, each with its leaf."""
+    exits: GradientExits = field(init=False)
     written: list[list[Value]] = field(init=False)
+    last: int = field(init=False)
+    """The last segment of a unit itself."""
     written_early: list[Value] = field(init=False)
     """What the last segment writes before its optimizer kernels, by which time nothing can fail any more."""
     go_ahead: frozenset[int] = field(init=False)
     """Segments of an accelerator program that may be launched before Python has walked them."""
     host_copies: dict[int, tuple[Value, torch.Tensor]] = field(init=False)
     """Numbers read from an accelerator by position, each value with the memory on the host it is copied to."""
+    settings: list[list[tuple[Value, Setting]]] = field(init=False)
+    """What each segment reads of the hyper-parameters."""
 
     def __post_init__(self) -> None:
         program = self.program
         self.statics = {value: tensor.detach() for value, tensor in program.statics.items()}
         self.pointers = list(map(_data_ptr, program.statics.values()))
-        self.exits = [(plan.leaf, plan.exit) for plan in program.gradients if not plan.keeps]
-        lasting = {*program.statics, *(plan.entry for plan in program.gradients if plan.entry is not None)}
-        given = {*lasting, *program.feeds}
-        handed_out = {root_of(value, program.views) for value in program.escapes.values()}
-        roots = [value and root_of(value, program.views) for _, value in self.exits]
-        is_reused = [self.executable.reuses_outputs and root is not None and root not in given for root in roots]
-        self.shared_exits = [reused and root in handed_out for reused, root in zip(is_reused, roots, strict=True)]
-        self.copied_exits = [reused and root not in handed_out for reused, root in zip(is_reused, roots, strict=True)]
+        self.entries = [(plan.entry, plan.leaf) for plan in program.gradients if plan.entry is not None]
+        lasting = {*program.statics, *(entry for entry, _ in self.entries)}
+        self.exits = GradientExits.of(program, {*lasting, *program.feeds}, self.executable.reuses_outputs)
+        self.settings = [
+            [(value, program.settings[value]) for value in segment.inputs if value in program.settings]
+            for segment in program.segments
+        ]
         self.written = [
             [value for value in written_roots(segment, program.views) if value in lasting]
             for segment in program.segments
         ]
-        last = program.segments[program.unit_segments - 1]
+        self.last = program.unit_segments - 1
+        last = program.segments[self.last]
         nodes = tuple(node for node in last.graph.nodes if not is_optimizer_kernel(node))
         early = written_roots(Segment(replace(last.graph, nodes=nodes)), program.views)
         self.host_copies = {
@@ -180,28 +217,32 @@ class GraphRunner:
         self._random: RandomState | None = None
         self._undo: list[Callable[[], None]] = []
         self._ready: dict[int, torch.cuda.Event] = {}
-        for plan in self.program.gradients:
-            if plan.entry is not None:
-                self.environment[plan.entry] = plan.leaf.grad
+        for entry, leaf in installed.entries:
+            self.environment[entry] = leaf.grad
 
     def launch_through(self, count: int) -> None:
         """Launch the segments up to number `count`, those launched before left out."""
-        program = self.program
-        while self.launched < count:
-            index = self.launched
-            is_last = index == program.unit_segments - 1
-            is_kept = is_last and not self._saved and not self.saves_last
-            self._save(self.installed.written_early if is_kept else self.installed.written[index])
-            for value, number in program.feeds.items():
-                if number in self._feeds:
-                    self.environment[value] = self._feeds[number]
-            for value in program.segments[index].inputs:
-                if value in program.settings:  # read now: the program may set them by what it fetched
-                    self.environment[value] = program.settings[value].read()
-            self.launched += 1
-            self.installed.executable.launch(index, self.environment)
-            if self.launched in self.installed.host_copies:
-                self._copy_to_host(self.launched)
+        is_grad_enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # a sixth of what `torch.no_grad` takes, once a unit
+        try:
+            while self.launched < count:
+                self._launch_next()
+        finally:
+            torch._C._set_grad_enabled(is_grad_enabled)
+
+    def _launch_next(self) -> None:
+        installed, environment, feeds, index = self.installed, self.environment, self._feeds, self.launched
+        is_kept = index == installed.last and not self._saved and not self.saves_last
+        self._save(installed.written_early if is_kept else installed.written[index])
+        for value, number in self.program.feeds.items():
+            if number in feeds:
+                environment[value] = feeds[number]
+        for value, setting in installed.settings[index]:
+            environment[value] = setting.read()  # now: the program may set them by what it fetched
+        self.launched += 1
+        installed.executable.launch(index, environment)
+        if self.launched in installed.host_copies:
+            self._copy_to_host(self.launched)
 
     def launch_ahead(self) -> None:
         """Launch the segments that need nothing more from Python and write little that outlives the unit."""
@@ -249,8 +290,8 @@ class GraphRunner:
         index = self.program.feeds.get(root)
         if index is not None:  # what the program gets is a view of its own tensor, not of our copy
             return self._view_of(value, root, self._given[index].detach())
-        lasts = root in self.program.statics or any(plan.entry is root for plan in self.program.gradients)
-        if lasts or not self.installed.executable.reuses_outputs:
+        is_lasting = root in self.program.statics or any(entry is root for entry, _ in self.installed.entries)
+        if not self.installed.executable.reuses_outputs or is_lasting:
             return self.value(value).detach()
         if root not in self._copies:
             self._copies[root] = self.value(root).clone()
@@ -284,18 +325,22 @@ class GraphRunner:
 
     def commit_gradients(self) -> None:
         """Set `.grad` of all leaves to what eager execution leaves there, in memory of their own."""
-        exits, is_copied = self.installed.exits, self.installed.copied_exits
-        gradients = [
-            None if value is None else self.owned_value(value) if is_shared else self.value(value)
-            for (_, value), is_shared in zip(exits, self.installed.shared_exits, strict=True)
-        ]
-        made = [g for g, copied in zip(gradients, is_copied, strict=True) if copied and g is not None]
-        copies = [torch.empty_like(gradient) for gradient in made]
-        if copies:
-            torch._foreach_copy_(copies, made)  # one kernel for all
-        rest = iter(copies)
-        for (leaf, _), gradient, copied in zip(exits, gradients, is_copied, strict=True):
-            leaf.grad = next(rest) if copied else gradient
+        exits, environment = self.installed.exits, self.environment
+        if exits.views:
+            with torch.no_grad():
+                for view in exits.views:
+                    self.value(view)
+        gradients = list(map(environment.__getitem__, exits.values))
+        if exits.copied:
+            copies = torch._foreach_clone([gradients[index] for index in exits.copied])  # one kernel for all
+            for index, copy in zip(exits.copied, copies, strict=True):
+                gradients[index] = copy
+        for index in exits.shared:
+            gradients[index] = self.owned_value(exits.values[index])
+        for leaf, gradient in zip(exits.leaves, gradients, strict=True):
+            leaf.grad = gradient
+        for leaf in exits.cleared:
+            leaf.grad = None
 
     def prepare_step(self, plan: OptimizerPlan, index: int, is_last: bool) -> None:
         """Hand an optimizer that steps outside its gradients. `is_last`: nothing can be discarded any more."""

@@ -30,19 +30,15 @@ def outputs_of(path: Path, run: GraphRunner, slots: Collection[int], learn: Lear
 
     `learn` is told of a later backward that comes in a way for which there is no graph.
     """
-    differentiable = _with_history(path, run, slots, learn)
-    outputs: dict[int, torch.Tensor] = {}
-    for slot in slots:
-        if slot in differentiable:
-            outputs[slot] = differentiable[slot]
-            continue
-        made = made_in(path, slot)
-        with torch.no_grad():
-            value = run.owned_value(path.program.escapes[slot])
-        if made.requires_grad:
-            value = with_freed_history(value, made.grad_function) if made.grad_function else value.requires_grad_()
-        outputs[slot] = value
-    return outputs
+    known = _with_history(path, run, slots, learn)
+    return {slot: known[slot] if slot in known else _output_of(path, run, slot) for slot in slots}
+
+
+def _output_of(path: Path, run: GraphRunner, slot: int) -> torch.Tensor:
+    made, value = made_in(path, slot), run.owned_value(path.program.escapes[slot])
+    if not made.requires_grad:
+        return value
+    return with_freed_history(value, made.grad_function) if made.grad_function else value.requires_grad_()
 
 
 def _with_history(path: Path, run: GraphRunner, slots: Collection[int], learn: LearnLayout) -> dict[int, torch.Tensor]:

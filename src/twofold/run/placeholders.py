@@ -53,9 +53,8 @@ def _freed_history(name: str) -> Any:
 
     class Freed(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, value: torch.Tensor, _leaf: torch.Tensor) -> torch.Tensor:
-            ctx.set_materialize_grads(False)
-            return value.view_as(value)
+        def forward(ctx: Any, hidden: list[torch.Tensor], _leaf: torch.Tensor) -> torch.Tensor:
+            return hidden[0]  # of an input it would make a view, which the program could not change in place
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
@@ -71,11 +70,14 @@ def _leaf() -> torch.Tensor:
 
 
 def with_freed_history(value: torch.Tensor, name: str) -> torch.Tensor:
-    """Return `value` as a tensor that requires a gradient and whose graph was freed, as after `backward()`."""
+    """Make of `value` a tensor that requires a gradient and whose graph was freed, as after `backward()`.
+
+    Its object is used up, and returned.
+    """
     if torch.is_grad_enabled():
-        return _freed_history(name)(value, _leaf())
+        return _freed_history(name)([value], _leaf())
     with torch.enable_grad():
-        return _freed_history(name)(value, _leaf())
+        return _freed_history(name)([value], _leaf())
 
 
 def _reference_counts(tensors: list[torch.Tensor]) -> list[int]:

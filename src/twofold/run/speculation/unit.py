@@ -127,7 +127,7 @@ class SpeculatedUnit:
             return self._given[reference.index] if role.tensor is None else role.tensor
         made = made_in(path, reference.index)
         if shows_history and made.grad_function:
-            return with_freed_history(value, made.grad_function)
+            return with_freed_history(value.detach(), made.grad_function)
         return value.requires_grad_() if made.requires_grad and made.is_leaf else value
 
     def step(self, event: int) -> None:
@@ -144,8 +144,7 @@ class SpeculatedUnit:
         """See `Unit.launch`."""
         run = self._started()
         run.saves_last = undoable
-        with torch.no_grad():
-            run.launch_through(self._work.program.unit_segments)
+        run.launch_through(run.installed.last + 1)
 
     def tensor(self, slot: int) -> torch.Tensor:
         """See `Unit.tensor`."""
@@ -156,8 +155,7 @@ class SpeculatedUnit:
 
     def commit(self) -> None:
         """See `Unit.commit`."""
-        with torch.no_grad():
-            self._started().commit_gradients()
+        self._started().commit_gradients()
         self.is_committed = True
 
     def discard(self) -> None:

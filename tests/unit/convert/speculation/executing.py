@@ -66,7 +66,7 @@ class Run:
                 values = [self.run.value(value) for value in self.program.fetches[event]]
                 shown = self.path.nodes[event].event.arguments[0]
                 if function in (torch.Tensor.__repr__, torch.Tensor.__format__) and isinstance(shown, Slot):
-                    values = [with_freed_history(values[0], self.made(shown.index).grad_function)]
+                    values = [with_freed_history(values[0].detach(), self.made(shown.index).grad_function)]
                 with unheard():
                     self.answers[event] = function(*values, *rest)
         return self.answers[event]
