@@ -185,3 +185,50 @@ def test_harness_catches_copies_that_share_nothing(name: str, monkeypatch: pytes
     monkeypatch.setattr(GraphRunner, "owned_value", lambda self, value: self.value(value).clone())
     with pytest.raises(AssertionError, match="differences from eager"):
         LIFETIMES[name]()
+
+
+def versions(numerics: str | None) -> list[int]:
+    """Return the version counters of all parameters and buffers after some steps; None: eager."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
+    parts = Parts(model, torch.optim.Adam(model.parameters(), lr=0.1))
+    step: Any = parts.train
+    if numerics:
+        step = twofold.function(parts.train, numerics=numerics, backend="replay", background=False)
+    for _ in range(9):
+        step(torch.randn(6, 4), torch.randn(6, 3))
+    if numerics:
+        assert twofold.report(step).to_dict()["graph_iterations"] > 4
+    return [tensor._version for tensor in (*model.parameters(), model[1].num_batches_tracked)]
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fused"])
+@pytest.mark.parametrize("memory", ["of its own", "used again"])
+def test_changes_are_counted_for_autograd(memory: str, numerics: str, request: pytest.FixtureRequest) -> None:
+    if memory == "used again":
+        request.getfixturevalue("reusing")
+        # What is captured is launched with no counter of PyTorch's noticing.
+        launch = ReplayExecutable.launch
+
+        def unnoticed(self: Any, index: int, environment: Environment) -> None:
+            with torch.autograd._unsafe_preserve_version_counter(tuple(self.memory_program.statics.values())):
+                launch(self, index, environment)
+
+        request.getfixturevalue("monkeypatch").setattr(ReplayExecutable, "launch", unnoticed)
+    assert versions(numerics) == versions(None)
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fused"])
+def test_weights_changed_between_forward_and_backward_are_an_error(numerics: str) -> None:
+    """A forward of one function, a training step by another, and then the backward, too late."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    parts = Parts(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    options: dict[str, Any] = {"numerics": numerics, "backend": "replay", "background": False}
+    forward, train = twofold.function(model, **options), twofold.function(parts.train, **options)
+    for _ in range(8):
+        x, y = torch.randn(6, 4), torch.randn(6, 3)
+        output = forward(x)
+        train(x, y)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+    assert all(twofold.report(f).to_dict()["graph_iterations"] > 2 for f in (forward, train))

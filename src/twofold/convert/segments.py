@@ -206,6 +206,21 @@ def is_optimizer_kernel(node: Node) -> bool:
     return getattr(node.target, "__name__", "").startswith("_fused_")
 
 
+def unnoticed_roots(segment: Segment, views: dict[Value, Node], is_captured: bool) -> list[Value]:
+    """Return the values of other bodies that a segment changes with no version counter of PyTorch's noticing.
+
+    Fused updates of optimizers never advance it, and nothing that a captured graph does. One for each change.
+    """
+    made = view_nodes(segment.graph.nodes) | views
+    written = [
+        root_of(value, made)
+        for node in segment.graph.nodes
+        if is_captured or is_optimizer_kernel(node)
+        for value in writes_of(node)
+    ]
+    return [root for root in written if root in segment.inputs]
+
+
 def written_roots(segment: Segment, views: dict[Value, Node]) -> set[Value]:
     """Return the values of other bodies whose memory a segment changes."""
     made = view_nodes(segment.graph.nodes) | views

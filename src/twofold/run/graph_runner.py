@@ -24,6 +24,7 @@ from twofold.convert.segments import (
     bytes_of,
     is_optimizer_kernel,
     root_of,
+    unnoticed_roots,
     written_roots,
 )
 from twofold.graph import Node, Value, run_node
@@ -81,6 +82,8 @@ class Installed:
     """The last segment of a unit itself."""
     written_early: list[Value] = field(init=False)
     """What the last segment writes before its optimizer kernels, by which time nothing can fail any more."""
+    unnoticed: list[list[torch.Tensor]] = field(init=False)
+    """What each segment changes unnoticed by the counters by which autograd finds changes; state of optimizers is not."""
     go_ahead: frozenset[int] = field(init=False)
     """Segments of an accelerator program that may be launched before Python has walked them."""
     host_copies: dict[int, tuple[Value, torch.Tensor]] = field(init=False)
@@ -101,6 +104,15 @@ class Installed:
         ]
         self.written = [
             [value for value in written_roots(segment, program.views) if value in lasting]
+            for segment in program.segments
+        ]
+        state = {id(tensor) for plan in program.optimizers.values() for tensor in plan.tensors[3]}
+        self.unnoticed = [
+            [
+                self.statics[value]
+                for value in unnoticed_roots(segment, program.views, self.executable.reuses_outputs)
+                if value in self.statics and id(program.statics[value]) not in state
+            ]
             for segment in program.segments
         ]
         self.last = program.unit_segments - 1
@@ -241,6 +253,8 @@ class GraphRunner:
             environment[value] = setting.read()  # now: the program may set them by what it fetched
         self.launched += 1
         installed.executable.launch(index, environment)
+        if installed.unnoticed[index]:
+            torch.autograd.graph.increment_version(installed.unnoticed[index])
         if self.launched in installed.host_copies:
             self._copy_to_host(self.launched)
 
