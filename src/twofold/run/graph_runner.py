@@ -83,7 +83,7 @@ class Installed:
     written_early: list[Value] = field(init=False)
     """What the last segment writes before its optimizer kernels, by which time nothing can fail any more."""
     unnoticed: list[list[torch.Tensor]] = field(init=False)
-    """What each segment changes unnoticed by the counters by which autograd finds changes; state of optimizers is not."""
+    """What each segment changes with no version counter noticing, but for the state of optimizers."""
     go_ahead: frozenset[int] = field(init=False)
     """Segments of an accelerator program that may be launched before Python has walked them."""
     host_copies: dict[int, tuple[Value, torch.Tensor]] = field(init=False)
