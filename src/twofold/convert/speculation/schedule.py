@@ -27,7 +27,19 @@ from twofold.graph import Constant, Graph, Node, Value, verify
 from twofold.graph.effects import target_has_effect
 
 from .library import is_pure
-from .speculation import commit, equal, give, instance, launch, read, settled, step, tensor
+from .speculation import (
+    READ_BY_UNHOOKED,
+    commit,
+    equal,
+    give,
+    instance,
+    launch,
+    read,
+    settled,
+    step,
+    tensor,
+    unhooked,
+)
 
 GUARD, BETWEEN, AFTER_LAUNCH = range(3)
 """The stages of what may still find that the call is another one."""
@@ -230,6 +242,9 @@ def _elsewhere(effect: Node, reading: Node) -> bool:
     if reading.target is operator.contains and effect.op == "set_item":
         written, asked = effect.arguments[1], reading.arguments[1]
         return not isinstance(written, Value | Constant) and not isinstance(asked, Value) and written != asked
+    if effect.op == "set_attr" and reading.target in (unhooked, hasattr):
+        asked = READ_BY_UNHOOKED if reading.target is unhooked else reading.arguments[1:]
+        return effect.arguments[1] not in asked
     pairs = {("set_attr", "get_attr"), ("set_item", "get_item")}
     if (effect.op, reading.op) not in pairs:
         return {effect.op, reading.op} in ({"set_attr", "get_item"}, {"set_item", "get_attr"})

@@ -141,10 +141,14 @@ def referent(reference: weakref.ref[Any]) -> Any:
     return reference()
 
 
-_HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_hooks = operator.itemgetter(*_HOOK_TABLES)
+
+READ_BY_UNHOOKED = (*_HOOK_TABLES, "forward", "_compiled_call_impl", "__dict__", "__class__")
+"""The attributes of a module that `unhooked` depends on."""
 
 
 def unhooked(module: torch.nn.Module) -> bool:
     """Whether calling a module calls its class's `forward` and nothing else."""
     state = module.__dict__
-    return not any(_HOOKS(state)) and "forward" not in state and state.get("_compiled_call_impl") is None
+    return not any(_hooks(state)) and "forward" not in state and state.get("_compiled_call_impl") is None

@@ -12,6 +12,7 @@ from torch import nn
 
 from twofold.capture.functions import METADATA, display_name
 from twofold.capture.intercept import Interception, unheard
+from twofold.capture.leaf_modules import LeafCall
 from twofold.capture.trace import External, leaves
 from twofold.capture.trace_graph import PathNode
 from twofold.convert.refusals import Refused
@@ -52,7 +53,10 @@ class TorchCalls(Containers):
         named = {name: self._for_torch(item) for name, item in keywords.items()}
         numbers: list[Dynamic] = []
         self._collect_numbers([*arguments, *keywords.values()], numbers)
-        result = self._listen(lambda: function(*given, **named))
+        if isinstance(function, LeafCall):
+            result = self._listen(lambda: self._interception.ask(function, tuple(given), named))
+        else:
+            result = self._listen(lambda: function(*given, **named))
         fed = self._settle(numbers)
         for number in numbers:
             if number not in fed:
