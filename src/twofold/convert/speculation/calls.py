@@ -22,6 +22,7 @@ from torch.optim.optimizer import Optimizer
 from twofold.capture.functions import FROM_HOST_DATA
 from twofold.capture.leaf_modules import call_of, leaf_of
 
+from .draws import DRAWS
 from .heap import Heap
 from .host import Host
 from .items import (
@@ -103,6 +104,8 @@ class Calls(TorchCalls):
         receiver = method.receiver
         if isinstance(method.function, Known):
             function = method.function.object
+            if isinstance(receiver, Outside) and type(receiver.object) in DRAWS:
+                return self.draw(receiver, function.__name__, arguments, keywords)
             if isinstance(receiver, Sequence | Mapping | Outside | Stream) and not isinstance(
                 function, types.FunctionType
             ):
@@ -132,6 +135,9 @@ class Calls(TorchCalls):
             return special(arguments, keywords)
         if isinstance(function, type):
             return self._construct(function, arguments, keywords)
+        generator = self.generator_of(function)
+        if generator is not None:
+            return self.draw(generator, function.__name__, arguments, keywords)
         if isinstance(function, types.MethodType):
             raise self.refuse("foreign_function", f"calls {function.__qualname__}")
         if is_torch(function):

@@ -19,7 +19,7 @@ from twofold.convert.refusals import Refused
 from twofold.graph import Argument, TensorSpec, current_ambient
 from twofold.graph.effects import target_has_effect
 
-from .containers import Containers
+from .draws import Draws
 from .heap import Heap
 from .host import Host, constant
 from .items import Dynamic, Item, Known, Mapping, Outside, Scope, Sequence, Stream, Tensor, rebuild
@@ -29,7 +29,7 @@ from .speculation import metadata
 from .walk import Walk
 
 
-class TorchCalls(Containers):
+class TorchCalls(Draws):
     """Calls of PyTorch's own functions."""
 
     def __init__(self, host: Host, heap: Heap, scope: Scope, walk: Walk) -> None:
