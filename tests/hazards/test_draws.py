@@ -26,9 +26,9 @@ def own(make: Callable[[], Any], use: Callable[[Any], float]) -> Callable[[Parts
     """Draw from a generator of the program's own."""
 
     def draw(parts: Parts) -> float:
-        return use(parts.generator)  # type: ignore[attr-defined]
+        return use(parts.seen["generator"])
 
-    draw.make = make  # type: ignore[attr-defined]
+    draw.make = make
     return draw
 
 
@@ -55,19 +55,7 @@ DRAWS: dict[str, Draw] = {
 def prepare(parts: Parts, draw: Draw) -> None:
     make = getattr(draw, "make", None)
     if make is not None:
-        parts.generator = make()  # type: ignore[attr-defined]
-
-
-def state_of(parts: Parts) -> str:
-    """What a generator of the program's own would draw next; the harness looks at those of the modules."""
-    generator = getattr(parts, "generator", None)
-    if generator is None:
-        return ""
-    if isinstance(generator, random.Random):
-        return repr(hash(generator.getstate()))
-    if isinstance(generator, np.random.RandomState):
-        return repr([str(part) for part in generator.get_state()])
-    return repr(generator.bit_generator.state)
+        parts.seen["generator"] = make()
 
 
 @pytest.mark.parametrize("name", DRAWS)
@@ -84,10 +72,7 @@ def test_draw_steers(name: str) -> None:
 
         return step
 
-    def between(number: int, parts: Parts) -> None:
-        parts.seen["state"] = state_of(parts)
-
-    speculates(training(make, between=between))
+    speculates(training(make))
 
 
 @pytest.mark.parametrize("name", DRAWS)
@@ -107,10 +92,7 @@ def test_draw_is_computed_with_and_kept(name: str) -> None:
 
         return step
 
-    def between(number: int, parts: Parts) -> None:
-        parts.seen["state"] = state_of(parts)
-
-    speculates(training(make, between=between))
+    speculates(training(make))
 
 
 @pytest.mark.parametrize("where", ["before the draw", "between two draws", "after the draws", "after the step"])
@@ -146,7 +128,6 @@ def test_draws_are_taken_back(name: str, where: str) -> None:
 
     def between(number: int, parts: Parts) -> None:
         parts.model[2].bias.data.fill_(40.0 if number in (24, 31) else 0.0)
-        parts.seen["state"] = state_of(parts)
 
     report = speculates(training(make, between=between), 50, at_least=12)
     assert report["discards"] >= 1
@@ -194,29 +175,28 @@ def test_shuffled_and_chosen_objects_steer() -> None:
 
 def test_generator_that_is_given_or_replaced() -> None:
     def make(parts: Parts) -> Step:
-        parts.generator = np.random.default_rng(1)  # type: ignore[attr-defined]
+        parts.seen["generator"] = np.random.default_rng(1)
 
         def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
-            return parts.train(x * float(parts.generator.random()), y).detach()  # type: ignore[attr-defined]
+            return parts.train(x * float(parts.seen["generator"].random()), y).detach()
 
         return step
 
     def between(number: int, parts: Parts) -> None:
-        parts.seen["state"] = state_of(parts)
         if number == 20:
-            parts.generator = np.random.default_rng(7)  # type: ignore[attr-defined]
+            parts.seen["generator"] = np.random.default_rng(7)
 
     speculates(training(make, between=between), 50)
 
 
 def test_two_generators_share_their_bits() -> None:
     def make(parts: Parts) -> Step:
-        parts.generator = np.random.default_rng(1)  # type: ignore[attr-defined]
-        other = np.random.Generator(parts.generator.bit_generator)  # type: ignore[attr-defined]
+        parts.seen["generator"] = np.random.default_rng(1)
+        other = np.random.Generator(parts.seen["generator"].bit_generator)
 
         def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
             loss = parts.loss(x, y)
-            drawn = [parts.generator.random(), other.random(), parts.generator.random()]  # type: ignore[attr-defined]
+            drawn = [parts.seen["generator"].random(), other.random(), parts.seen["generator"].random()]
             if loss.item() > 50:
                 drawn.append(0.0)
             parts.seen["drawn"] = drawn
@@ -226,7 +206,6 @@ def test_two_generators_share_their_bits() -> None:
 
     def between(number: int, parts: Parts) -> None:
         parts.model[2].bias.data.fill_(40.0 if number == 20 else 0.0)
-        parts.seen["state"] = state_of(parts)
 
     report = speculates(training(make, between=between), 40, at_least=10)
     assert report["discards"] >= 1
