@@ -293,6 +293,8 @@ def _flatten(name: str, value: Any, facts: Facts, parents: tuple[int, ...]) -> N
         facts[name] = TensorFact(f"ndarray {value.dtype}{list(value.shape)}", torch.from_numpy(value.copy()))
     elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
         facts[name] = value
+    elif isinstance(value, (random.Random, np.random.RandomState, np.random.Generator)):
+        facts[name] = f"{type(value).__name__} {_digest(_state_of(value))}"
     elif id(value) in parents:
         facts[name] = f"cycle to {type(value).__name__}"
     elif isinstance(value, Mapping):
@@ -311,6 +313,15 @@ def _flatten(name: str, value: Any, facts: Facts, parents: tuple[int, ...]) -> N
             _flatten(f"{name}.{key}", item, facts, (*parents, id(value)))
     else:
         facts[name] = f"object {type(value).__qualname__}"
+
+
+def _state_of(generator: random.Random | np.random.RandomState | np.random.Generator) -> object:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.Generator):
+        return str(generator.bit_generator.state)
+    state: Any = generator.get_state(legacy=True)
+    return state[1].tolist(), *state[2:]
 
 
 def _is_users_object(value: Any) -> bool:

@@ -166,7 +166,10 @@ class _Driver:
             account.graph_iterations += 1
             account.graph_calls += path.call_count
             self._new_in_a_row = 0
-            path.nodes[0].parent.refusals = 0  # type: ignore[union-attr]
+            root = path.nodes[0].parent
+            assert root is not None
+            root.refusals = 0
+            root.units += 1
             path.units += 1
             account.span("graph", account.backend, int(self._began * 1e9), int((self._began + seconds) * 1e9))
             if self._timing:

@@ -30,6 +30,7 @@ MODULE = "random_program"
 PREAMBLE = """\
 import random
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -44,6 +45,7 @@ class Holder:
         self.items = [1, 2]
         self.table = {"a": 0.5}
         self.vector = torch.ones(3)
+        self.generator = np.random.default_rng(len(self.items))
 
     @property
     def doubled(self):
@@ -163,7 +165,12 @@ class Writer:
             case "sum":
                 return f"sum([{self.tensor(0)} * k for k in range({self.choose(1, 2, 3)})], {inner})"
             case _:
-                noise = self.choose("random.random()", "torch.rand(3)", "F.dropout(torch.ones(3), 0.5)")
+                noise = self.choose(
+                    "random.random()",
+                    "float(holder.generator.normal())",
+                    "torch.rand(3)",
+                    "F.dropout(torch.ones(3), 0.5)",
+                )
                 return f"({inner} + {noise})"
 
     def vector(self) -> str:
@@ -177,14 +184,15 @@ class Writer:
         """An expression whose value is a small int."""
         return self.choose(
             self.choose(*self.numbers), "1", "2", "len(holder.items)", "x.shape[0]", "holder.count % 4",
-            "model.calls % 3", f"({self.choose(*self.numbers)} + 1) % 5", "TOTAL % 3", "len(parts)",
+            "model.calls % 3", "random.randint(1, 2)", "int(np.random.randint(3))", "random.choice((1, 2))",
+            f"({self.choose(*self.numbers)} + 1) % 5", "TOTAL % 3", "len(parts)",
         )  # fmt: skip
 
     def condition(self) -> str:
         python = (
             f"{self.number()} % 2 == 0", f"{self.number()} > {self.choose(1, 2, 3)}", "flag", "not flag", "len(x) > 2",
             "model.training", "model.state is None", "holder.count > 3 and flag", "'b' in holder.table", "number < 4",
-            "random.random() < 0.5",
+            "random.random() < 0.5", "np.random.rand() < 0.7", "holder.generator.random() < 0.6",
         )  # fmt: skip
         tensors = (f"{self.scalar()} > 0", f"{self.scalar()}.item() > 0.3", f"bool(({self.tensor(0)} > 0).all())")
         return self.choose(*self.choose(python, python, tensors))
@@ -255,6 +263,8 @@ class Writer:
                 "TOTAL += 1",
                 f"LOG.append({self.choose('TOTAL', 'n', f'{self.scalar()}.item()', self.vector())})",
                 "del LOG[:-4]",
+                "random.shuffle(parts)",
+                "holder.table['a'] = random.uniform(0.0, 1.0)",
                 "setattr(holder, 'extra', getattr(holder, 'extra', 0) + 1)",
             )
         )

@@ -122,6 +122,10 @@ class Interception:
         _current.interception = self
         self.active = True
 
+    def ask(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Have the listener, whose modes were just entered, answer a call that PyTorch would not announce."""
+        return _ask(self._listener, function, arguments, keywords)
+
     def stop(self) -> bool:
         """End listening. False, and still listening, if another mode was entered since and not left."""
         if not self.active:

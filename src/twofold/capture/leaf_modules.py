@@ -136,7 +136,8 @@ LEAVES: dict[type, Leaf] = {
 
 
 @functools.lru_cache(maxsize=1024)
-def _leaf_call(leaf: Leaf, attributes: tuple[Any, ...]) -> LeafCall | None:
+def call_of(leaf: Leaf, attributes: tuple[Any, ...]) -> LeafCall | None:
+    """Return the call of a leaf with these attributes, in the table's order; None if it is no leaf with them."""
     values = dict(zip(leaf.attributes, attributes, strict=True))
     if any(values[name] != value for name, value in leaf.required):
         return None
@@ -145,8 +146,8 @@ def _leaf_call(leaf: Leaf, attributes: tuple[Any, ...]) -> LeafCall | None:
     return LeafCall(leaf, attributes)
 
 
-def leaf_call(module: nn.Module) -> tuple[LeafCall, tuple[torch.Tensor | None, ...]] | None:
-    """Return a module's call as one function, with the tensors to give it first; None if it is no leaf."""
+def leaf_of(module: nn.Module) -> Leaf | None:
+    """Return the row of the table for a module; None if it is no leaf, has hooks, or a forward of its own."""
     leaf = LEAVES.get(type(module))
     if leaf is None:
         return None
@@ -164,8 +165,17 @@ def leaf_call(module: nn.Module) -> tuple[LeafCall, tuple[torch.Tensor | None, .
         or not state.keys().isdisjoint(leaf.shadowing)
     ):
         return None
+    return leaf
+
+
+def leaf_call(module: nn.Module) -> tuple[LeafCall, tuple[torch.Tensor | None, ...]] | None:
+    """Return a module's call as one function, with the tensors to give it first; None if it is no leaf."""
+    leaf = leaf_of(module)
+    if leaf is None:
+        return None
+    state = module.__dict__
     try:
-        call = _leaf_call(leaf, leaf.read_attributes(state))
+        call = call_of(leaf, leaf.read_attributes(state))
         tensors = leaf.read_parameters(state["_parameters"]) + leaf.read_buffers(state["_buffers"])
     except (KeyError, TypeError):  # an attribute was deleted, or holds a list
         return None

@@ -88,6 +88,7 @@ class PathNode:
         "roles",
         "sample",
         "streak",
+        "units",
     )
 
     def __init__(self, event: Event | None, parent: PathNode | None, roles: list[Role], first: int) -> None:
@@ -101,6 +102,8 @@ class PathNode:
         self.latest: Path | None = None
         self.refusals = 0
         """Of a root: units in a row that began here and could not be recorded."""
+        self.units = 0
+        """Of a root: how many units that began here ran as graphs."""
         self.idle_until = 0
         """Of a root: the iteration from which units are looked at again."""
         self.streak = 0

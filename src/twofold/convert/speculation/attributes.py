@@ -17,6 +17,10 @@ from .objects import Objects, Raised, is_array
 class Attributes(Objects):
     """Reading and writing of attributes."""
 
+    def method_of_generator(self, item: Item, name: str) -> Method | None:
+        """Return a method of a random generator, none of which is written in Python; None for all else."""
+        raise NotImplementedError
+
     # ---- attributes --------------------------------------------------------------------------------------
 
     def attribute(self, item: Item, name: str) -> Item:
@@ -37,7 +41,7 @@ class Attributes(Objects):
             case Super():
                 return self._attribute_of_super(item, name)
             case Outside() | Instance():
-                return self._attribute_of_object(item, name)
+                return self.method_of_generator(item, name) or self._attribute_of_object(item, name)
             case Method() if name in ("__self__", "__func__"):
                 return item.receiver if name == "__self__" else item.function
             case _:

@@ -20,8 +20,9 @@ from torch.nn.modules import module as _hooks
 from torch.optim.optimizer import Optimizer
 
 from twofold.capture.functions import FROM_HOST_DATA
-from twofold.capture.leaf_modules import LEAVES, leaf_call
+from twofold.capture.leaf_modules import call_of, leaf_of
 
+from .draws import DRAWS
 from .heap import Heap
 from .host import Host
 from .items import (
@@ -39,7 +40,6 @@ from .items import (
     Sequence,
     Stream,
     Super,
-    Tensor,
 )
 from .library import CONTEXTS, PURE, find_in_class, is_overridable, is_plain_class, is_torch, sets_process_state
 from .source import Code
@@ -104,6 +104,8 @@ class Calls(TorchCalls):
         receiver = method.receiver
         if isinstance(method.function, Known):
             function = method.function.object
+            if isinstance(receiver, Outside) and type(receiver.object) in DRAWS:
+                return self.draw(receiver, function.__name__, arguments, keywords)
             if isinstance(receiver, Sequence | Mapping | Outside | Stream) and not isinstance(
                 function, types.FunctionType
             ):
@@ -133,6 +135,9 @@ class Calls(TorchCalls):
             return special(arguments, keywords)
         if isinstance(function, type):
             return self._construct(function, arguments, keywords)
+        generator = self.generator_of(function)
+        if generator is not None:
+            return self.draw(generator, function.__name__, arguments, keywords)
         if isinstance(function, types.MethodType):
             raise self.refuse("foreign_function", f"calls {function.__qualname__}")
         if is_torch(function):
@@ -271,9 +276,13 @@ class Calls(TorchCalls):
         if find_in_class(kind, "__call__") != find_in_class(nn.Module, "__call__"):
             raise self.refuse("unsupported_object", f"{kind.__qualname__} defines __call__")
         self._assume_no_hooks(item)
-        if self.walk.path is None and kind in LEAVES and leaf_call(module) is not None:
-            self._assume_leaf(item)
-            return self.native(module, arguments, keywords)
+        leaf = leaf_of(module) if self.walk.path is None else None
+        if leaf is not None:
+            # The attributes are those that this call has set: `train()` may come before.
+            call = call_of(leaf, tuple(self.known(self.attribute(item, name)) for name in leaf.attributes))
+            if call is not None:
+                tensors = [self.attribute(item, name) for name in (*leaf.parameters, *leaf.buffers)]
+                return self.native(call, [*tensors, *arguments], keywords)
         return self.call(self.attribute(item, "forward"), arguments, keywords)
 
     def _assume_no_hooks(self, item: Outside) -> None:
@@ -285,23 +294,6 @@ class Calls(TorchCalls):
             table = getattr(_hooks, name)
             place = Place(f"torch.nn.modules.module.{name}", id(table), False)
             self.host.assume_once(place, operator.not_, self.host.root(name, table))
-
-    def _assume_leaf(self, item: Outside) -> None:
-        """Assume all that the forward of a leaf module reads."""
-        leaf = LEAVES[type(item.object)]
-        for name in leaf.attributes:
-            held = self.attribute(item, name)
-            if not isinstance(held, Known):
-                self.known(held)
-        for table, names in (("_parameters", leaf.parameters), ("_buffers", leaf.buffers)):
-            for name in names:
-                held = self.attribute(item, name)
-                if isinstance(held, Tensor) and held.value is not None:
-                    self._guarded.add(id(held.sample))
-                    place = held.place or self.here()
-                    self.host.assume_identity(held.value, held.sample, place, "tensor")
-                elif not isinstance(held, Known):
-                    raise self.refuse("no_graph", f"{table} of a module were replaced within the call")
 
     # ---- torch functions ---------------------------------------------------------------------------------
 

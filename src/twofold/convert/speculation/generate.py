@@ -20,12 +20,14 @@ from twofold.graph import Constant, Graph, Node, Value, ambient_context, values_
 
 from .library import is_torch
 from .schedule import is_effect
-from .speculation import commit, equal, give, launch, read, step, tensor, unhooked
+from .speculation import commit, draw, equal, give, launch, read, step, tensor, unhooked
 
 DEEPEST = 6
 """Expressions are nested so deep and no deeper."""
 
-_ON_UNIT: dict[Any, str] = {function: function.__name__ for function in (give, read, step, tensor, launch, commit)}
+_ON_UNIT: dict[Any, str] = {
+    function: function.__name__ for function in (draw, give, read, step, tensor, launch, commit)
+}
 _NOT_ATOMS = frozenset({*INFIX, *PREFIX, equal, unhooked})
 _NUMBERS = itertools.count()
 
@@ -97,8 +99,9 @@ class _Writer:
             self._line(f"    return unit.failed({int(str(dict(node.keywords)['message']))})")
         elif node.target in _ON_UNIT:
             self._take(node.operands)
-            arguments = [self._text(argument) for argument in node.arguments]
-            self._statement(node, f"{arguments[0]}.{_ON_UNIT[node.target]}({', '.join(arguments[1:])})")
+            unit, *arguments = [self._text(argument) for argument in node.arguments]
+            arguments += [f"{name}={self._text(argument)}" for name, argument in node.keywords]
+            self._statement(node, f"{unit}.{_ON_UNIT[node.target]}({', '.join(arguments)})")
         else:
             self._work(node)
 

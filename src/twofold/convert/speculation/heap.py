@@ -7,6 +7,7 @@ each call, so it is assumed by type and read where it lies.
 
 from __future__ import annotations
 
+import copy
 import enum
 import operator
 import types
@@ -23,7 +24,7 @@ from twofold.graph import Value
 
 from .host import Host, constant
 from .items import Dynamic, Item, Known, Outside, Place, Tensor
-from .speculation import equal
+from .speculation import Generator, equal
 
 VALUES = (
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
@@ -181,11 +182,12 @@ class Heap:
 
     def copy_of(self, held: Any) -> Any:
         """Return what stands for a foreign mutable object in the dry run."""
-        if not isinstance(held, np.ndarray | list | dict | set | deque):
+        is_generator = isinstance(held, Generator)
+        if not (is_generator or isinstance(held, np.ndarray | list | dict | set | deque)):
             return held
         known = self.copies.get(id(held))
         if known is None:
-            known = self.copies[id(held)] = held.copy()
+            known = self.copies[id(held)] = copy.deepcopy(held) if is_generator else held.copy()
         return known
 
     def length(self, holder: Outside) -> Item:

@@ -29,7 +29,19 @@ from .items import Dynamic, Instance, Item, Known, Outside, Place, Tensor
 from .items import Mapping as Mapped
 from .items import Sequence as Listed
 from .library import is_pure
-from .speculation import Assumption, AssumptionKind, Speculation, equal, give, instance, read, settled, step, tensor
+from .speculation import (
+    Assumption,
+    AssumptionKind,
+    Speculation,
+    draw,
+    equal,
+    give,
+    instance,
+    read,
+    settled,
+    step,
+    tensor,
+)
 
 _DEFAULT = Ambient()
 
@@ -123,6 +135,14 @@ class Host:
     def read(self, event: int, function: Any, rest: tuple[Any, ...]) -> Value:
         """Append the read of a fetch."""
         return self.call(read, self.unit, event, Constant(function), *[constant(item) for item in rest])
+
+    def draw(
+        self, number: int, generator: Value, name: str, arguments: list[Argument], keywords: Mapping[str, Argument]
+    ) -> Value:
+        """Append a draw from a generator of Python or NumPy. It is made early, so that it may steer the call."""
+        for value in values_in((generator, *arguments, *keywords.values())):
+            self._require_early(value)
+        return self.call(draw, self.unit, number, generator, name, *arguments, keywords=keywords)
 
     def step(self, event: int) -> None:
         """Append the step of an optimizer that steps by itself."""
@@ -296,7 +316,9 @@ def drop_overwritten(graph: Graph, replaceable: Collection[tuple[str, Value, Has
                 continue
             if place is not None and place in replaceable:
                 later.add(place)
-        elif node.op == "call" and not (node.results and is_pure(node.target)) and node.target not in (give, step):
+        elif (
+            node.op == "call" and not (node.results and is_pure(node.target)) and node.target not in (draw, give, step)
+        ):
             later.clear()
         else:
             later = {place for place in later if not _reads(node, place)}

@@ -27,7 +27,20 @@ from twofold.graph import Constant, Graph, Node, Value, verify
 from twofold.graph.effects import target_has_effect
 
 from .library import is_pure
-from .speculation import commit, equal, give, instance, launch, read, settled, step, tensor
+from .speculation import (
+    READ_BY_UNHOOKED,
+    commit,
+    draw,
+    equal,
+    give,
+    instance,
+    launch,
+    read,
+    settled,
+    step,
+    tensor,
+    unhooked,
+)
 
 GUARD, BETWEEN, AFTER_LAUNCH = range(3)
 """The stages of what may still find that the call is another one."""
@@ -42,7 +55,7 @@ NEVER_RAISES: frozenset[Any] = frozenset(
 )  # fmt: skip
 """Calls that do not raise for the kinds of values they are made with: numbers that are read, texts, what was built."""
 
-_ON_UNIT = frozenset({give, read, step, tensor, settled, launch, commit})
+_ON_UNIT = frozenset({draw, give, read, step, tensor, settled, launch, commit})
 _OF_IDENTITY = frozenset({operator.is_, operator.is_not, type, isinstance, id})
 _DIVISIONS = frozenset({operator.truediv, operator.floordiv, operator.mod})
 
@@ -98,9 +111,12 @@ class _Schedule:
             for value in node.operands:
                 self.readers.setdefault(value, []).append(index)
         self.stages = [_own_stage(node) for node in graph.nodes]
+        drawn = GUARD
         for index, node in enumerate(graph.nodes):
             for maker in self._makers_of(node):
                 self.stages[index] = max(self.stages[index], self.stages[maker])
+            if node.target is draw:  # in the order of the program
+                drawn = self.stages[index] = max(self.stages[index], drawn)
         self.passes = _Passing(graph.nodes)
         self.early: set[int] = set()
 
@@ -115,7 +131,7 @@ class _Schedule:
         stages = [[n for i, n in enumerate(nodes) if i in self.early and self.stages[i] == s] for s in range(3)]
         late = [node for index, node in enumerate(nodes) if index not in self.early]
         unit = self.graph.inputs[0]
-        may_undo = any(node.op == "assert" for node in stages[AFTER_LAUNCH])
+        may_undo = any(node.op == "assert" or node.target is draw for node in stages[AFTER_LAUNCH])
         whole = Node("call", launch, (unit, may_undo), (), ())
         done = Node("call", commit, (unit,), (), ())
         ordered = (*stages[GUARD], *stages[BETWEEN], whole, *stages[AFTER_LAUNCH], done, *late)
@@ -124,7 +140,7 @@ class _Schedule:
         return graph
 
     def _must_be_early(self, node: Node) -> bool:
-        return node.op == "assert" or node.target in (give, step, tensor) or _is_read_of(node, self.in_place)
+        return node.op == "assert" or node.target in (draw, give, step, tensor) or _is_read_of(node, self.in_place)
 
     def _should_be_early(self, index: int, node: Node) -> bool:
         """Whether a node may raise, and can be done before anything that it could notice has been changed."""
@@ -230,6 +246,9 @@ def _elsewhere(effect: Node, reading: Node) -> bool:
     if reading.target is operator.contains and effect.op == "set_item":
         written, asked = effect.arguments[1], reading.arguments[1]
         return not isinstance(written, Value | Constant) and not isinstance(asked, Value) and written != asked
+    if effect.op == "set_attr" and reading.target in (unhooked, hasattr):
+        asked = READ_BY_UNHOOKED if reading.target is unhooked else reading.arguments[1:]
+        return effect.arguments[1] not in asked
     pairs = {("set_attr", "get_attr"), ("set_item", "get_item")}
     if (effect.op, reading.op) not in pairs:
         return {effect.op, reading.op} in ({"set_attr", "get_item"}, {"set_item", "get_attr"})

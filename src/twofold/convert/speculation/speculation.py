@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import operator
+import random
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 from twofold.capture.trace_graph import Path
 from twofold.graph import Graph, Origin, Value
+
+Generator = random.Random | np.random.RandomState | np.random.Generator
 
 AssumptionKind = Literal["type", "value", "identity", "tensor", "length", "branch"]
 
@@ -62,6 +66,12 @@ class Unit(Protocol):
     def step(self, event: int) -> None:
         """Let an optimizer step that steps outside of the graph."""
 
+    def draw(self, number: int, generator: Generator, name: str, *arguments: Any, **keywords: Any) -> Any:
+        """Return what a method of a generator draws: draw `number` of the call. Undone with the unit.
+
+        What `shuffle` returns is the list that it was given.
+        """
+
     def tensor(self, slot: int) -> torch.Tensor:
         """Return the tensor that a call of the unit made, for Python to keep: one object for each slot."""
         ...
@@ -74,7 +84,7 @@ class Unit(Protocol):
 
 
 def give(unit: Unit, index: int, given: Any) -> None:
-    """See `Unit.give`. These four are the targets of the host graph's calls on the unit."""
+    """See `Unit.give`. These five are the targets of the host graph's calls on the unit."""
     unit.give(index, given)
 
 
@@ -86,6 +96,11 @@ def read(unit: Unit, event: int, function: Callable[..., Any], *rest: Any) -> An
 def step(unit: Unit, event: int) -> None:
     """See `Unit.step`."""
     unit.step(event)
+
+
+def draw(unit: Unit, number: int, generator: Generator, name: str, *arguments: Any, **keywords: Any) -> Any:
+    """See `Unit.draw`."""
+    return unit.draw(number, generator, name, *arguments, **keywords)
 
 
 def tensor(unit: Unit, slot: int) -> torch.Tensor:
@@ -136,15 +151,40 @@ def metadata(found: torch.Tensor) -> tuple[Any, ...]:
     return tuple(found.shape), found.dtype, found.device, found.requires_grad, found.is_leaf, found.stride()
 
 
+def draw_by(generator: Generator, name: str, *arguments: Any, **keywords: Any) -> Any:
+    """Draw for real; see `Unit.draw`."""
+    drawn = getattr(generator, name)(*arguments, **keywords)
+    return arguments[0] if name == "shuffle" else drawn
+
+
+def rewinding(generator: Generator) -> Callable[[], None]:
+    """Return how to put a generator back to its state of now."""
+    match generator:
+        case random.Random():
+            of_python = generator.getstate()
+            return lambda: generator.setstate(of_python)
+        case np.random.RandomState():
+            of_numpy = generator.get_state()
+            return lambda: generator.set_state(of_numpy)
+        case np.random.Generator():
+            bits = generator.bit_generator
+            state = bits.state
+            return lambda: setattr(bits, "state", state)
+
+
 def referent(reference: weakref.ref[Any]) -> Any:
     """Return what a weak reference refers to."""
     return reference()
 
 
-_HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_hooks = operator.itemgetter(*_HOOK_TABLES)
+
+READ_BY_UNHOOKED = (*_HOOK_TABLES, "forward", "_compiled_call_impl", "__dict__", "__class__")
+"""The attributes of a module that `unhooked` depends on."""
 
 
 def unhooked(module: torch.nn.Module) -> bool:
     """Whether calling a module calls its class's `forward` and nothing else."""
     state = module.__dict__
-    return not any(_HOOKS(state)) and "forward" not in state and state.get("_compiled_call_impl") is None
+    return not any(_hooks(state)) and "forward" not in state and state.get("_compiled_call_impl") is None

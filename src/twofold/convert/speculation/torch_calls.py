@@ -12,13 +12,14 @@ from torch import nn
 
 from twofold.capture.functions import METADATA, display_name
 from twofold.capture.intercept import Interception, unheard
+from twofold.capture.leaf_modules import LeafCall
 from twofold.capture.trace import External, leaves
 from twofold.capture.trace_graph import PathNode
 from twofold.convert.refusals import Refused
 from twofold.graph import Argument, TensorSpec, current_ambient
 from twofold.graph.effects import target_has_effect
 
-from .containers import Containers
+from .draws import Draws
 from .heap import Heap
 from .host import Host, constant
 from .items import Dynamic, Item, Known, Mapping, Outside, Scope, Sequence, Stream, Tensor, rebuild
@@ -28,7 +29,7 @@ from .speculation import metadata
 from .walk import Walk
 
 
-class TorchCalls(Containers):
+class TorchCalls(Draws):
     """Calls of PyTorch's own functions."""
 
     def __init__(self, host: Host, heap: Heap, scope: Scope, walk: Walk) -> None:
@@ -52,7 +53,10 @@ class TorchCalls(Containers):
         named = {name: self._for_torch(item) for name, item in keywords.items()}
         numbers: list[Dynamic] = []
         self._collect_numbers([*arguments, *keywords.values()], numbers)
-        result = self._listen(lambda: function(*given, **named))
+        if isinstance(function, LeafCall):
+            result = self._listen(lambda: self._interception.ask(function, tuple(given), named))
+        else:
+            result = self._listen(lambda: function(*given, **named))
         fed = self._settle(numbers)
         for number in numbers:
             if number not in fed:

@@ -87,17 +87,16 @@ class GraphCache:
             result = _run(graph, unit, arguments, keywords)
             if result is not MISSED:
                 graph.runs += 1
-                self._note(failed=False)
+                self._recent.append(False)
                 if place:
                     graphs.remove(graph)
                     graphs.insert(0, graph)
                 return result, graph.work.path
             self.was_undone = self._learn(graph, unit)
             if self.was_undone:
-                self._note(failed=True)
+                self.note_failed()
                 return MISSED, None
         self._account.misses += 1
-        self._note(failed=True)
         return MISSED, None
 
     def _learn(self, graph: SpeculatedGraph, unit: SpeculatedUnit) -> bool:
@@ -129,9 +128,10 @@ class GraphCache:
                 )
             )
 
-    def _note(self, failed: bool) -> None:
-        self._recent.append(failed)
-        if failed and len(self._recent) == RECENT and sum(self._recent) > MAX_FAILED:
+    def note_failed(self) -> None:
+        """Take note of a call that fitted no graph, and for which none could be made; give up if there are many."""
+        self._recent.append(True)
+        if len(self._recent) == RECENT and sum(self._recent) > MAX_FAILED:
             self.stop(f"{sum(self._recent)} of the last {RECENT} calls were other than any graph assumed")
 
     def stop(self, reason: str) -> None:

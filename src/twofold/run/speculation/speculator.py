@@ -19,7 +19,7 @@ from twofold.run.account import Account
 from .cache import MISSED, GraphCache
 
 UNITS_BEFORE = 2
-"""Units that the likely path ran beside its Python before its source is converted."""
+"""Units that began alike and ran beside their Python before the source is converted."""
 MAX_REFUSALS = 4
 """So many refusals in a row, and conversion is not tried again, unless all that was missing was a graph to go by."""
 FIRST_RETRY: Final = 4
@@ -59,16 +59,18 @@ class Speculator:
         call raise.
         """
         root = self._graph.root(signature)
+        had_graphs = self.cache.has_graphs(root)
         result, path = self.cache.call(root, arguments, keywords)
-        if result is not MISSED or self.cache.was_undone or not self._may_convert(root):
+        if result is not MISSED or self.cache.was_undone:
             return result, path
-        if not self._convert(function, arguments, keywords, signature, root):
-            return MISSED, None
-        return self.cache.call(root, arguments, keywords)
+        if self._may_convert(root) and self._convert(function, arguments, keywords, signature, root):
+            result, path = self.cache.call(root, arguments, keywords)
+        elif had_graphs:
+            self.cache.note_failed()
+        return result, path
 
     def _may_convert(self, root: PathNode) -> bool:
-        likely = root.latest
-        has_settled = self.cache.has_graphs(root) or (likely is not None and likely.units >= UNITS_BEFORE)
+        has_settled = self.cache.has_graphs(root) or root.units >= UNITS_BEFORE
         return has_settled and self.cache.may_convert and self._account.iterations >= self._retry_at
 
     def _convert(

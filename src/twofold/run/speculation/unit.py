@@ -13,7 +13,7 @@ from twofold.capture.recorder import has_step_hooks
 from twofold.capture.trace import External, Slot, leaves
 from twofold.capture.trace_graph import Path, Role
 from twofold.convert.from_traces import Program
-from twofold.convert.speculation.speculation import commit, launch, step, tensor
+from twofold.convert.speculation.speculation import Generator, commit, draw_by, launch, rewinding, step, tensor
 from twofold.graph import Graph
 from twofold.run.graph_runner import GraphRunner
 from twofold.run.outputs import LearnLayout, made_in, outputs_of
@@ -72,7 +72,7 @@ def _final_step(scheduled: Graph) -> Any:
 class SpeculatedUnit:
     """One call's tensor work; see `convert.speculation.speculation.Unit`. Used once."""
 
-    __slots__ = ("_feeds", "_given", "_outputs", "_run", "_work", "failed_at", "is_committed")
+    __slots__ = ("_feeds", "_given", "_outputs", "_rewinds", "_run", "_work", "failed_at", "is_committed")
 
     def __init__(self, work: TensorWork) -> None:
         self._work = work
@@ -80,6 +80,8 @@ class SpeculatedUnit:
         self._feeds: dict[int, Any] = {}
         self._run: GraphRunner | None = None
         self._outputs: dict[int, torch.Tensor] | None = None
+        self._rewinds: list[tuple[Generator, Callable[[], None]]] = []
+        """The generators that were drawn from, each with how to put it back."""
         self.failed_at: int | None = None
         """The assumption that did not hold."""
         self.is_committed = False
@@ -140,6 +142,13 @@ class SpeculatedUnit:
         self.is_committed = event == self._work.final_step
         plan.optimizer.step()
 
+    def draw(self, number: int, generator: Generator, name: str, *arguments: Any, **keywords: Any) -> Any:
+        """See `Unit.draw`."""
+        del number
+        if not any(drawn is generator for drawn, _ in self._rewinds):
+            self._rewinds.append((generator, rewinding(generator)))
+        return draw_by(generator, name, *arguments, **keywords)
+
     def launch(self, undoable: bool) -> None:
         """See `Unit.launch`."""
         run = self._started()
@@ -159,7 +168,9 @@ class SpeculatedUnit:
         self.is_committed = True
 
     def discard(self) -> None:
-        """Put back all that was written."""
+        """Put back all that was written, and the generators that were drawn from."""
+        for _, rewind in reversed(self._rewinds):
+            rewind()
         if self._run is not None:
             with torch.no_grad():
                 self._run.discard()

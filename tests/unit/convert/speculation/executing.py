@@ -17,7 +17,18 @@ from twofold.capture.number_feeds import number_tensor
 from twofold.capture.trace import Slot
 from twofold.convert.refusals import Refused
 from twofold.convert.speculation.convert import speculate
-from twofold.convert.speculation.speculation import Assumption, Speculation, give, read, settled, step, tensor
+from twofold.convert.speculation.speculation import (
+    Assumption,
+    Speculation,
+    draw,
+    draw_by,
+    give,
+    read,
+    rewinding,
+    settled,
+    step,
+    tensor,
+)
 from twofold.graph import AssertionFailed, interpret
 from twofold.run.graph_runner import GraphRunner, Installed, feed_copy
 from twofold.run.placeholders import with_freed_history
@@ -47,6 +58,8 @@ class Run:
         self.answers: dict[int, Any] = {}
         self.tensors: dict[int, torch.Tensor] = {}
         self.stepped: set[int] = set()
+        self.drawn: dict[int, Any] = {}
+        self.rewinds: list[Callable[[], None]] = []
 
     def give(self, index: int, given: Any) -> None:
         if index in self.feeds:
@@ -81,6 +94,18 @@ class Run:
             self.run.prepare_step(plan, event, True)
         type(plan.optimizer).step(plan.optimizer)
 
+    def draw(self, number: int, generator: Any, name: str, *arguments: Any, **keywords: Any) -> Any:
+        if number not in self.drawn:
+            assert number == len(self.drawn), "draws out of order"
+            self.rewinds.append(rewinding(generator))
+            self.drawn[number] = draw_by(generator, name, *arguments, **keywords)
+        return self.drawn[number]
+
+    def discard(self) -> None:
+        self.run.discard()
+        for rewind in reversed(self.rewinds):
+            rewind()
+
     def finish(self) -> None:
         with torch.no_grad():
             self.run.launch_through(self.program.unit_segments)
@@ -114,10 +139,10 @@ def execute(speculation: Speculation, arguments: tuple[Any, ...], keywords: dict
     try:
         interpret(deciding, inputs)
     except AssertionFailed as failed:
-        run.run.discard()
+        run.discard()
         raise Miss(speculation.assumptions[int(failed.message)]) from None
     except (AttributeError, KeyError, IndexError, TypeError):
-        run.run.discard()
+        run.discard()
         raise Miss(None) from None
     run.finish()
     (result,) = interpret(host, inputs).outputs
@@ -133,7 +158,7 @@ def decisions(speculation: Speculation) -> tuple[Any, ...]:
     needed: set[Any] = set()
     kept: list[Any] = []
     for node in reversed(speculation.host.nodes):
-        decides = node.op == "assert" or node.target in (give, step) or node.target is read
+        decides = node.op == "assert" or node.target in (draw, give, read, step)
         waits = not late.isdisjoint(node.operands) or not late.isdisjoint(node.results)
         if not waits and (decides or not needed.isdisjoint(node.results)):
             needed.update(node.operands)

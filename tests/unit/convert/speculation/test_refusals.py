@@ -28,18 +28,19 @@ def refused(code: str, line: str) -> Callable[[MakeStep], MakeStep]:
     return register
 
 
-@refused("foreign_function", "random.random()")
-def draws_from_python(parts: Parts) -> Callable[..., Any]:
+@refused("foreign_function", "random.seed(number)")
+def seeds_the_generator_of_python(parts: Parts) -> Callable[..., Any]:
     def step(number, x, y):
+        random.seed(number)
         return parts.train(x * (1.0 if random.random() < 2 else 0.0), y)
 
     return step
 
 
-@refused("foreign_function", "np.random.rand()")
-def draws_from_numpy(parts: Parts) -> Callable[..., Any]:
+@refused("foreign_function", "np.random.get_state()")
+def reads_the_generator_of_numpy(parts: Parts) -> Callable[..., Any]:
     def step(number, x, y):
-        return parts.train(x, y), np.random.rand()
+        return parts.train(x, y), np.random.get_state()[2]
 
     return step
 

@@ -15,7 +15,7 @@ def graph_text(body: str) -> str:
     """Write a host graph: `give(`, `read(` and their like stand for the calls on the unit."""
     lines = [HEAD, *textwrap.indent(textwrap.dedent(body).strip(), "  ").splitlines()]
     text = "\n".join(lines)
-    for name in ("give", "read", "step", "tensor", "launch", "commit"):
+    for name in ("draw", "give", "read", "step", "tensor", "launch", "commit"):
         text = text.replace(f"call {name}(", f"call {UNIT}:{name}(")
     return text + "\n"
 
@@ -96,6 +96,43 @@ def test_a_read_of_memory_that_is_written_later_does_not_wait() -> None:
         return %norm
     """
     assert scheduled(before, in_place=(2,)) == as_given(after)
+
+
+def test_draws_keep_their_order_and_come_before_effects() -> None:
+    """The second waits for a fetch, and so does the third behind it; that makes the last segment undoable."""
+    before = """
+        %rng: object = get_attr(%self, "rng")
+        %first: object = call draw(%unit, 0, %rng, "random")
+        set_attr(%self, "first", %first)
+        %loss: object = call tensor(%unit, 3)
+        %number: object = call builtins:float(%loss)
+        %second: object = call draw(%unit, 1, %rng, "uniform", 0, %number)
+        %third: object = call draw(%unit, 2, %rng, "random")
+        return %third
+    """
+    after = """
+        %rng: object = get_attr(%self, "rng")
+        %first: object = call draw(%unit, 0, %rng, "random")
+        call launch(%unit, True)
+        %loss: object = call tensor(%unit, 3)
+        %number: object = call builtins:float(%loss)
+        %second: object = call draw(%unit, 1, %rng, "uniform", 0, %number)
+        %third: object = call draw(%unit, 2, %rng, "random")
+        call commit(%unit)
+        set_attr(%self, "first", %first)
+        return %third
+    """
+    assert scheduled(before) == as_given(after)
+
+
+def test_a_draw_that_needs_what_an_effect_returns_is_refused() -> None:
+    body = """
+        %count: object = call torch.ops.aten.add_.Tensor(%self, 1)
+        %drawn: object = call draw(%unit, 0, %self, "randrange", %count)
+        return %drawn
+    """
+    with pytest.raises(Unschedulable, match="effect"):
+        scheduled(body)
 
 
 def test_checks_that_need_no_fetch_come_before_every_launch() -> None:
