@@ -112,56 +112,6 @@ def test_function_that_returns_nothing_or_itself() -> None:
     runs_as_graph(training(make), 8)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_part_compiled_by_torch(mode: Mode) -> None:
-    torch._dynamo.reset()
-
-    def make(parts: Parts) -> Callable[..., Any]:
-        compiled = torch.compile(parts.model, backend="eager")
-
-        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
-            parts.optimizer.zero_grad()
-            loss = F.mse_loss(compiled(x), y)
-            loss.backward()
-            parts.optimizer.step()
-            return loss.detach()
-
-        return step
-
-    accounted(training(make), 6, mode)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("way", ["script", "trace", "function"])
-def test_scripted_part(way: str, mode: Mode) -> None:
-    def make(parts: Parts) -> Callable[..., Any]:
-        scripted: Any
-        if way == "script":
-            scripted = torch.jit.script(parts.model)
-        elif way == "trace":
-            scripted = torch.jit.trace(parts.model, torch.zeros(6, 4))
-        else:
-            inner = torch.jit.script(_scripted)
-            scripted = lambda x: inner(parts.model(x))  # noqa: E731
-
-        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
-            parts.optimizer.zero_grad()
-            loss = F.mse_loss(scripted(x), y)
-            loss.backward()
-            parts.optimizer.step()
-            return loss.detach()
-
-        return step
-
-    # Else TorchScript itself takes other kernels from the third call on.
-    with torch.jit.optimized_execution(False):
-        accounted(training(make), 8, mode)
-
-
-def _scripted(x: torch.Tensor) -> torch.Tensor:
-    return torch.tanh(x) * 2.0 + x
-
-
 def test_decorated_module_forward_with_backward_outside() -> None:
     def build(wrap: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)

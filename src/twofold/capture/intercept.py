@@ -30,6 +30,7 @@ from torch.utils.data import dataloader
 
 from twofold.graph import Origin
 
+from .dynamo import keep_from_dynamo
 from .leaf_modules import leaf_call
 
 NO_KEYWORDS: dict[str, Any] = {}
@@ -84,6 +85,10 @@ class _FunctionMode(TorchFunctionMode):
 
 
 class _DispatchMode(TorchDispatchMode):
+    """Not one of PyTorch's own (`is_infra_mode`): code made by torch.compile would run beneath it unheard."""
+
+    supports_higher_order_operators = True
+
     def __init__(self, listener: Listener) -> None:
         super().__init__()
         self.operation = listener.operation
@@ -94,12 +99,8 @@ class _DispatchMode(TorchDispatchMode):
         return self.operation(func, args, kwargs or NO_KEYWORDS)
 
     @classmethod
-    def is_infra_mode(cls) -> bool:
-        return True
-
-    @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Keep PyTorch from wrapping the handler: 5 µs an operation, and nothing here is ever compiled."""
+        """Keep PyTorch from wrapping the handler: 5 µs an operation. `keep_from_dynamo` does it instead."""
         return False
 
 
@@ -190,9 +191,8 @@ def modes_taken_off() -> Generator[None]:
 
 @contextmanager
 def paused() -> Generator[None]:
-    """Let library code (a data loader) run as if nobody listened."""
+    """Let library code run as if nobody listened. Whatever it is has been announced."""
     listener = _current.listener
-    _tell(lambda told: told.host_work())
     _current.listener = None
     try:
         with modes_taken_off():
@@ -376,10 +376,19 @@ def _pause_in(owner: Any, name: str) -> None:
     def unheard_method(self: Any) -> Any:
         if _current.listener is None:
             return original(self)
+        _tell(lambda listener: listener.host_work())
         with paused():
             return original(self)
 
     setattr(owner, name, unheard_method)
+
+
+def _run_foreign(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Run a function that PyTorch compiles for itself, where `torch.cond` is called, such that nobody hears it."""
+    what = "PyTorch compiles functions of the program, which torch.cond and flex_attention need"
+    _tell(lambda listener: listener.foreign_call("foreign_operation", what))
+    with paused():
+        return function(*arguments, **keywords)
 
 
 @functools.cache
@@ -394,6 +403,11 @@ def install_patches() -> None:
     _announce_random_state()
     _call_leaf_modules_at_once()
     _shorten_python_functions()
+    keep_from_dynamo(
+        (_FunctionMode.__torch_function__, _DispatchMode.__torch_dispatch__, _ask),
+        lambda: _current.listener is not None,
+        _run_foreign,
+    )
     _pause_in(dataloader.DataLoader, "__iter__")
     _pause_in(dataloader._BaseDataLoaderIter, "__next__")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._ops import HigherOrderOperator
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from twofold.graph import Origin, current_ambient
@@ -142,6 +143,9 @@ class Recorder:
     def operation(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Run an ATen operation and record it beneath the call that announced it."""
         result = target(*arguments, **keywords)
+        if isinstance(target, HigherOrderOperator):
+            self.refuse("foreign_operation", f"{target.name()} runs functions of the program out of sight")
+            return result
         if self.trace.refusal is not None:
             return result
         made: list[torch.Tensor] = leaves(result, _TENSOR)
