@@ -346,7 +346,9 @@ class GraphRunner:
                     self.value(view)
         gradients = list(map(environment.__getitem__, exits.values))
         if exits.copied:
-            copies = torch._foreach_clone([gradients[index] for index in exits.copied])  # one kernel for all
+            made = [gradients[index] for index in exits.copied]
+            copies = [torch.empty_like(gradient) for gradient in made]
+            torch._foreach_copy_(copies, made)  # one kernel for all; torch 2.11 has no _foreach_clone
             for index, copy in zip(exits.copied, copies, strict=True):
                 gradients[index] = copy
         for index in exits.shared:
