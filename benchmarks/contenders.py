@@ -28,6 +28,17 @@ COMPILE_SECONDS = 90.0
 """How long Twofold's background compiler is waited for; what is not there by then is measured without."""
 
 
+ABLATION: dict[str, dict[str, str]] = {
+    "ablation_skeleton": {"engine": "coexecution", "numerics": "exact", "backend": "lowest"},
+    "ablation_specialised": {"engine": "speculation", "numerics": "exact", "backend": "lowest"},
+    "ablation_batched": {"engine": "speculation", "numerics": "fused", "backend": "lowest"},
+    "ablation_compiled": {"engine": "speculation", "numerics": "fused", "backend": "auto"},
+}
+"""One more means in each: eager's kernels beside the skeleton, which unrolls loops and inlines calls by recording them;
+no skeleton, since values are assumed; products, sums and optimizer updates made at once; kernels compiled."""
+LOWEST_BACKEND = {"cpu": "replay", "cuda": "cuda_graph"}
+
+
 @dataclass
 class Contender:
     """`run(i)` is step number i; `prepare` returns when no better code for it is under way."""
@@ -60,6 +71,9 @@ def make_contender(contender: str, program: str, size: Size, device: torch.devic
             return _twofold(build(), numerics=contender.removeprefix("twofold_"))
         case "twofold_coexecution" | "twofold_speculation":
             return _twofold(build(), engine=contender.removeprefix("twofold_"))
+        case _ if contender in ABLATION:
+            options = {"lowest": LOWEST_BACKEND[device.type]}
+            return _twofold(build(), **{key: options.get(value, value) for key, value in ABLATION[contender].items()})
         case "cuda_graph_by_hand":
             return Contender(CapturedStep(build()))
         case _:

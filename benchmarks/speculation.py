@@ -1,9 +1,11 @@
 """Speculation against what else there is: eager, the best of torch.compile, co-execution, a whole-step graph by hand.
 
-    python -m benchmarks.speculation [--device cpu|cuda] [--size full|small] [--rounds N] [--json PATH] [programs…]
+    python -m benchmarks.speculation [--device cpu|cuda] [--size full|small] [--rounds N] [--json PATH]
+                                     [--ablation] [programs…]
 
 The programs are those of Jeong et al. (2019), "JANUS"; others of the corpus can be named. Contenders run interleaved,
 as in `benchmarks.steps`, which measures them. Below a program's rows is why Twofold did not convert it or ran eagerly.
+`--ablation` measures eager and what each of Twofold's means adds, one after the other (`contenders.ABLATION`).
 """
 
 import argparse
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import CAPTURABLE
+from benchmarks.contenders import ABLATION, CAPTURABLE
 from benchmarks.environment import describe_environment, describe_options
 from benchmarks.programs import JANUS_NAMES
 from benchmarks.steps import Result, check_programs, measure_in_child
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "programs": {},
     }
     for name in options.programs or JANUS_NAMES:
-        options.contenders = contenders_of(name, options.device)
+        options.contenders = ["eager", *ABLATION] if options.ablation else contenders_of(name, options.device)
         results = document["programs"][name] = measure_in_child(name, options)
         print(format_table(name, results), flush=True)
         document["summary"] = summarise(document["programs"])
@@ -48,6 +50,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=["full", "small"], default="full")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--timeout", type=float, default=1200, help="seconds a program may take")
+    parser.add_argument("--ablation", action="store_true", help="eager, and Twofold's means added one by one")
     parser.add_argument("--json", help="write machine, versions, options and all rounds to this file")
     parser.add_argument("programs", nargs="*", metavar="program", help="default: the programs of the paper")
     options = parser.parse_args(arguments)
@@ -62,9 +65,9 @@ def contenders_of(program: str, device: str) -> list[str]:
 
 
 def summarise(programs: dict[str, dict[str, Result]]) -> dict[str, dict[str, float]]:
-    """Return each engine's geometric means over the programs measured: speedups over eager and the best compile."""
+    """Return Twofold's geometric means over the programs measured: speedups over eager and the best compile."""
     summary: dict[str, dict[str, float]] = {}
-    for engine in ENGINES:
+    for engine in (*ENGINES, *ABLATION):
         rows = [speedups(results) for results in programs.values()]
         for baseline in ("eager", "compile"):
             ratios = [row[engine][baseline] for row in rows if baseline in row.get(engine, {})]
@@ -107,7 +110,7 @@ def format_table(program: str, results: dict[str, Result]) -> str:
             f"  {name:<25}{result['median_ms']:>10.3f}{spread:>18}{over[0]:>9}{over[1]:>11}"
             f"{host:>10}{_share(result['report']):>17}  {result['report']['engine'] if result['report'] else ''}"
         )
-    for engine in ENGINES:
+    for engine in (*ENGINES, *ABLATION):
         lines += _reasons(engine, results.get(engine, {}).get("report"))
     return "\n".join(lines) + "\n"
 

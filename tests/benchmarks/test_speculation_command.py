@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import convergence, host_time, speculation, steps
+from benchmarks.contenders import ABLATION
 from benchmarks.convergence import loss_of
 from benchmarks.programs import JANUS_NAMES
 from benchmarks.speculation import contenders_of, format_summary, format_table, summarise
@@ -69,6 +71,23 @@ def test_results_hold_every_contender(
         assert len(result["rounds_ms"]) == 2
         assert (result["report"] is None) == (name == "eager") == (result["host_us"] is None)
     assert "geometric mean" in capsys.readouterr().out
+
+
+def test_ablation_adds_one_means_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[list[str]] = []
+
+    def measure(_name: str, options: Any) -> dict[str, Any]:
+        measured.append(options.contenders)
+        return {name: row(4.0 / (1 + index)) for index, name in enumerate(options.contenders)}
+
+    monkeypatch.setattr(speculation, "measure_in_child", measure)
+    speculation.main(["mlp", "--ablation", "--json", str(tmp_path / "results.json")])
+    assert measured == [["eager", *ABLATION]]
+    assert "ablation_compiled: geometric mean of 5.00 x eager" in capsys.readouterr().out
+    for earlier, later in pairwise(ABLATION.values()):
+        assert sum(earlier[key] != later[key] for key in earlier) == 1
 
 
 def test_host_time_leaves_launches_out(monkeypatch: pytest.MonkeyPatch) -> None:
