@@ -1,4 +1,4 @@
-"""`python -m benchmarks.picture`: ratios are of the best of each kind, the last file counts, and bad files are named."""
+"""`python -m benchmarks.picture`: ratios are of the best of each kind, the last file counts, bad files are named."""
 
 import json
 from pathlib import Path
