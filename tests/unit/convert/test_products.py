@@ -24,7 +24,9 @@ def inputs_of(graph: Graph) -> list[torch.Tensor]:
 def assert_same(before: Graph, after: Graph, exact: bool = False) -> None:
     verify(after)
     given = inputs_of(before)
+    torch.manual_seed(1)
     expected = interpret(before, [t.clone() for t in given])
+    torch.manual_seed(1)
     got = interpret(after, [t.clone() for t in given])
     tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-6}
     for a, b in zip(got.outputs, expected.outputs, strict=True):
@@ -170,6 +172,92 @@ def test_a_recurrence_is_not_merged():
                                  "%3: f32[2,8]{16,1} = call aten.slice.Tensor(%2, 1, 0, 8)")  # fmt: skip
     graph = parse(text)
     assert show(merge_products(graph)) == show(graph)
+
+
+TWO_LAYERS = """
+    graph g(%x: f32[2,2,8], %w: f32[8,8], %u: f32[8,8], %v: f32[8,8]):
+      %x0: f32[2,8]{16,1} = call aten.select.int(%x, 1, 0)
+      %a0: f32[2,8] = call aten.mm.default(%x0, %w)
+      %g0: f32[2,8] = call aten.tanh.default(%a0)
+      %b0: f32[2,8] = call aten.mm.default(%g0, %u)
+      %h0: f32[2,8] = call aten.tanh_.default(%b0)
+      %x1: f32[2,8]{16,1} = call aten.select.int(%x, 1, 1)
+      %a1: f32[2,8] = call aten.mm.default(%x1, %w)
+      %r1: f32[2,8] = call aten.mm.default(%g0, %v)
+      %s1: f32[2,8] = call aten.add.Tensor(%a1, %r1)
+      %g1: f32[2,8] = call aten.tanh.default(%s1)
+      %b1: f32[2,8] = call aten.mm.default(%g1, %u)
+      %h1: f32[2,8] = call aten.mul.Tensor(%h0, %b1)
+      return %h1
+    """
+
+
+def products(graph: Graph) -> int:
+    return show(graph).count("aten.mm.default")
+
+
+def test_the_products_of_a_second_layer_are_one_behind_the_first():
+    graph = parse(block(TWO_LAYERS).replace("aten.tanh_.default", "aten.tanh.default"))
+    merged = merge_products(graph)
+    assert products(graph) == 5
+    assert products(merged) == 3
+    assert_same(graph, merged)
+    names = [result.name for node in merged.nodes for result in node.results]
+    assert names.index("g1") < names.index("b0") < names.index("h0")
+
+
+@pytest.mark.parametrize(
+    ("why", "old", "new", "count"),
+    [
+        ("a result is changed in place", "", "", 4),
+        ("what a product reads is changed behind it", "tanh_.default(%b0)", "tanh.default(%b0)\n"
+         "  %q: f32[2,8] = call aten.mul_.Tensor(%g0, 2)", 4),
+        ("random numbers are drawn between", "tanh_.default(%b0)", "bernoulli.p(%b0, 0.5)", 3),
+        ("random numbers are drawn twice", "tanh_.default(%b0)", "bernoulli.p(%b0, 0.5)\n"
+         "  %q: f32[2,8] = call aten.rand_like.default(%x0)", 3),
+        ("something given is changed between", "tanh_.default(%b0)", "tanh.default(%b0)\n"
+         "  %q: f32[8,8] = call aten.mul_.Tensor(%v, 2)", 5),
+        ("the factor is changed between", "tanh_.default(%b0)", "tanh.default(%b0)\n"
+         "  %q: f32[8,8] = call aten.mul_.Tensor(%u, 2)", 5),
+    ],
+)  # fmt: skip
+def test_what_moves_keeps_behind_what_it_needs(why: str, old: str, new: str, count: int):
+    graph = parse(block(TWO_LAYERS).replace(old, new, 1))
+    merged = merge_products(graph)
+    assert products(merged) == count
+    assert_same(graph, merged)
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_rows_that_changed_since_are_joined_anew(is_changed: bool):
+    lines = ["graph g(%x: f32[6,8], %y: f32[2,16], %w: f32[8,16]):"]
+    for t in range(3):
+        lines += [
+            f"  %x{t}: f32[2,8] = call aten.slice.Tensor(%x, 0, {2 * t}, {2 * t + 2})",
+            f"  %a{t}: f32[2,8] = call aten.sin.default(%x{t})",
+            f"  %p{t}: f32[2,16] = call aten.mm.default(%a{t}, %w)",
+            f"  %h{t}: f32[2,16] = call aten.tanh.default(%p{t})",
+        ]
+    lines += ["  %q: f32[2,8] = call aten.mul_.Tensor(%a1, 2)"] if is_changed else []
+    for t in range(3):
+        lines += [
+            f"  %t{t}: f32[8,2]{{1,8}} = call aten.t.default(%a{t})",
+            f"  %g{t}: f32[8,16] = call aten.mm.default(%t{t}, %h{t})",
+        ]
+    lines += ["  %s1: f32[8,16] = call aten.add.Tensor(%g0, %g1)", "  %s2: f32[8,16] = call aten.add.Tensor(%s1, %g2)"]
+    graph = parse("\n".join([*lines, "  return %s2"]) + "\n")
+    merged = merge_products(graph)
+    assert products(merged) == 2
+    assert show(merged).count("aten.cat.default") == 2 + is_changed
+    assert_same(graph, merged)
+
+
+def test_nothing_moves_past_a_fetch():
+    text = block(TWO_LAYERS).replace("  %x1:", "  fetch(%h0)\n  %x1:", 1)
+    graph = parse(text)
+    merged = merge_products(graph)
+    assert products(merged) == products(graph)
+    assert_same(graph, merged)
 
 
 @settings(max_examples=30, deadline=None)
