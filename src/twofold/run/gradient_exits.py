@@ -1,0 +1,41 @@
+"""What a unit leaves in `.grad` of the leaves, as it is known when the graph of its path is built."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from twofold.convert.from_traces import Program
+from twofold.convert.segments import root_of
+from twofold.graph import Value
+
+
+@dataclass(frozen=True, eq=False)
+class GradientExits:
+    """What a unit leaves in `.grad`, column by column: it is set once a unit, for each parameter."""
+
+    leaves: tuple[torch.Tensor, ...]
+    values: tuple[Value, ...]
+    """Their gradients."""
+    cleared: tuple[torch.Tensor, ...]
+    """The leaves that have no gradient after a unit."""
+    views: tuple[Value, ...]
+    """Those of `values` that no segment hands out by themselves."""
+    copied: tuple[int, ...]
+    """The indices of those that lie in memory that the next launch writes to."""
+
+    @classmethod
+    def of(cls, program: Program, given: Collection[Value], is_reused: bool) -> GradientExits:
+        """Plan for a program; `given` are the values that a unit is given, `is_reused` is what it makes memory of."""
+        plans = [plan for plan in program.gradients if not plan.keeps]
+        pairs = [(plan.leaf, plan.exit) for plan in plans if plan.exit is not None]
+        values = tuple(value for _, value in pairs)
+        return cls(
+            tuple(leaf for leaf, _ in pairs),
+            values,
+            tuple(plan.leaf for plan in plans if plan.exit is None),
+            tuple(value for value in values if value in program.views),
+            tuple(i for i, value in enumerate(values) if is_reused and root_of(value, program.views) not in given),
+        )
