@@ -82,6 +82,7 @@ class _Driver:
         """Called where a unit has ended and the program goes on."""
         self._mode = Mode.IDLE
         self._signature: Signature = ()
+        self._root = self.graph.root(self._signature)
         self._likely: Path | None = None
         self._began = 0.0
         self._timing = False
@@ -99,10 +100,15 @@ class _Driver:
     def choose(self) -> None:
         """Choose how the next unit runs."""
         self._signature = self.graph.signature()
-        self._mode = self.next_mode(self._signature)
+        self._root = self.graph.root(self._signature)
+        self._mode = self.next_mode(self._root)
         if self._mode is not Mode.IDLE:
             PENDING.flush()  # results of recursive calls that the unit is given shall be ordinary tensors
-        self._timing = self.builder.is_timing(self._likely) and self._mode is not Mode.RECORD
+        self._timing = (
+            self._mode is not Mode.RECORD
+            and self._likely not in self.builder.settled
+            and self.builder.is_timing(self._likely)
+        )
 
     def start(self) -> Mode:
         """Start the unit as chosen."""
@@ -117,20 +123,19 @@ class _Driver:
         if self._mode is not Mode.FOLLOW or self._timing or not self.speculator.is_willing():
             return MISSED
         self._began = time.perf_counter()
-        result, path = self.speculator.call(function, arguments, keywords, self._signature)
+        result, path = self.speculator.call(function, arguments, keywords, self._signature, self._root)
         if path is not None:
             self.account.speculated_iterations += 1
             self._end_unit(path, None, self._signature)
         return result
 
-    def next_mode(self, signature: Signature) -> Mode:
-        """Decide how the next unit runs."""
+    def next_mode(self, root: PathNode) -> Mode:
+        """Decide how the next unit runs, which begins at `root`."""
         if self.options.engine == "eager" or self._has_given_up():
             return Mode.IDLE
         if saved_tensor_hooks_in_force():  # checkpointing counts what is saved
             self.account.fallback("tensor_hook", "hooks on saved tensors, of checkpointing perhaps, are in force")
             return Mode.IDLE
-        root = self.graph.root(signature)
         if self.account.iterations < root.idle_until:
             return Mode.IDLE
         path = self._likely = root.latest
@@ -138,10 +143,13 @@ class _Driver:
             return Mode.RECORD
         if path.blocked:
             return Mode.FOLLOW if self._others_run(root, path) else Mode.IDLE
-        self.builder.poll(path, self.graph.has_accelerator)
+        is_settled = path in self.builder.settled
+        if not is_settled:
+            self.builder.poll(path, self.graph.has_accelerator)
         if path.stale or (path.seen < self.options.warm_up and path.executable is None):
             return Mode.RECORD
-        self.builder.choose(path)
+        if not is_settled:
+            self.builder.choose(path)
         return Mode.IDLE if path.executable is None else Mode.FOLLOW
 
     def _others_run(self, root: PathNode, blocked: Path) -> bool:
@@ -164,7 +172,7 @@ class _Driver:
         account.iterations += 1
         if path is not None:
             account.graph_iterations += 1
-            account.graph_calls += path.call_count
+            account.graph_calls += len(path.nodes)
             self._new_in_a_row = 0
             root = path.nodes[0].parent
             assert root is not None

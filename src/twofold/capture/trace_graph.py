@@ -24,7 +24,7 @@ from twofold.graph import Origin, TensorSpec
 from .history import Layout, Watch
 from .match import Match, Placeholders, Role, build_match, equal_templates
 from .number_feeds import differ_in_number
-from .trace import Event, External, Slot, Trace, leaves
+from .trace import Event, External, Made, Slot, Trace, leaves
 
 MAX_SITE_VARIANTS = 3
 """So many different constants at one line, in one place of the graph, and it is a host site or a number is fed."""
@@ -52,7 +52,7 @@ class Path:
     """How often it ran as a graph."""
     volatile: set[Any] = field(default_factory=set[Any])
     """Optimizers seen with other hyper-parameters than those recorded."""
-    _makers: list[PathNode] = field(default_factory=list["PathNode"])
+    _makers: list[tuple[PathNode, Made]] = field(default_factory=list["tuple[PathNode, Made]"])
     histories: dict[int, str] = field(default_factory=dict[int, str])
     """Slots seen alive at the end of a unit, with the state of their autograd history then. Never shrinks."""
 
@@ -62,8 +62,16 @@ class Path:
 
     def maker_of(self, slot: int) -> PathNode:
         """Return the node whose call makes a slot."""
+        return self._made(slot)[0]
+
+    def made_in(self, slot: int) -> Made:
+        """Return what is known of the tensor of a slot besides its contents."""
+        return self._made(slot)[1]
+
+    def _made(self, slot: int) -> tuple[PathNode, Made]:
         if not self._makers:
-            self._makers = [node for node in self.nodes if node.event is not None for _ in node.event.made]
+            events = ((node, node.event) for node in self.nodes if node.event is not None)
+            self._makers = [(node, made) for node, event in events for made in event.made]
         return self._makers[slot]
 
 

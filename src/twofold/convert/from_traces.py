@@ -9,7 +9,7 @@ memory and geometry are those of its operand is no node at all.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,45 +77,39 @@ class OptimizerPlan:
     """Its parameters, and whether each had a gradient."""
     free: tuple[str, ...]
     hyper_parameters: list[dict[str, Any]]
+    """Of each group, those that are not free; none where it steps by itself."""
     parameters: tuple[tuple[torch.Tensor, ...], ...]
     state: Any
-    tensors: tuple[tuple[Any, ...], tuple[dict[str, Any], ...], tuple[str, ...], tuple[torch.Tensor, ...]]
-    """Of each tensor of its state: its parameter, the dictionary and the key that hold it, and the tensor."""
+    owners: tuple[Any, ...]
+    """The first keys of its state, in order, and what it holds for them."""
+    states: tuple[dict[str, Any], ...]
+    tensors: tuple[tuple[dict[str, Any], ...], tuple[str, ...], tuple[torch.Tensor, ...]]
+    """Of each tensor in these, column by column: the dictionary and the key that hold it, and the tensor."""
     stand_in: Any
     """An optimizer of the same class without parameters, for `step` to do nothing with."""
 
     def still_holds(self) -> bool:
         """Whether the optimizer is as it was when the graph was built, learning rate aside where it is free."""
-        groups = self.optimizer.param_groups
-        owners, states, keys, tensors = self.tensors
-        return (
-            self.optimizer.state is self.state
-            and len(groups) == len(self.parameters)
-            and all(
-                len(group["params"]) == len(known) and all(map(operator.is_, group["params"], known))
-                for group, known in zip(groups, self.parameters, strict=True)
-            )
-            and all(map(operator.is_, map(self.state.get, owners), states))
-            and all(map(operator.is_, map(dict.get, states, keys), tensors))
-            and (self.outside or all(map(_agrees, groups, self.hyper_parameters)))
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        if state is not self.state or len(state) < len(self.owners) or len(groups) != len(self.parameters):
+            return False
+        for group, parameters, settings in zip(groups, self.parameters, self.hyper_parameters, strict=True):
+            if len(group["params"]) != len(parameters) or not settings.items() <= group.items():
+                return False
+            if not all(map(operator.is_, group["params"], parameters)):
+                return False
+        holders, keys, tensors = self.tensors
+        return (  # in order and not by key: a tensor is hashed by Python
+            all(map(operator.is_, self.owners, state))
+            and all(map(operator.is_, self.states, state.values()))
+            and all(map(operator.is_, tensors, map(dict.get, holders, keys)))
         )
 
 
-def _agrees(group: dict[str, Any], known: dict[str, Any]) -> bool:
-    """Whether a parameter group has the settings it had."""
-    return [group.get(key) for key in known] == list(known.values())
-
-
-def _state_tensors(optimizer: Optimizer) -> Iterator[tuple[Any, dict[str, Any], str, torch.Tensor]]:
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor):
-                yield parameter, state, key, value
-
-
-def _columns(rows: Iterable[tuple[Any, dict[str, Any], str, torch.Tensor]]) -> Any:
+def _tensors_of(states: Iterable[dict[str, Any]]) -> Any:
+    rows = [(state, key, value) for state in states for key, value in state.items() if isinstance(value, torch.Tensor)]
     columns: tuple[Any, ...] = tuple(zip(*rows, strict=True))
-    return columns or ((), (), (), ())
+    return columns or ((), (), ())
 
 
 def _stand_in(optimizer: Optimizer) -> Any:
@@ -334,15 +328,18 @@ class _Builder:
         else:
             outside = True
             self._add_fetch(index, event, [self._value(n.index) for n in event.outcome if n is not None])
+        groups, state = optimizer.param_groups, {} if outside else optimizer.state
         self.optimizers[index] = OptimizerPlan(
             optimizer,
             outside,
             tuple((p, n is not None) for p, n in zip(parameters_of(optimizer), event.outcome, strict=True)),
             free,
-            [] if outside else hyper_parameters(optimizer, free),
-            tuple(tuple(group["params"]) for group in optimizer.param_groups),
+            [{} for _ in groups] if outside else hyper_parameters(optimizer, free),
+            tuple(tuple(group["params"]) for group in groups),
             optimizer.state,
-            _columns([] if outside else _state_tensors(optimizer)),
+            tuple(state),
+            tuple(state.values()),
+            _tensors_of(state.values()),
             _stand_in(optimizer),
         )
 

@@ -10,6 +10,8 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from twofold.capture.trace import hidden_writes
 from twofold.graph import Graph, Node, Value, values_in
 
@@ -201,9 +203,20 @@ def writes_of(node: Node) -> tuple[Value, ...]:
     return tuple(written)
 
 
-def is_optimizer_kernel(node: Node) -> bool:
-    """Whether a call is the fused update of an optimizer."""
+def _is_update(node: Node) -> bool:
     return getattr(node.target, "__name__", "").startswith("_fused_")
+
+
+def before_optimizers(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """Return nodes less the fused updates of optimizers, and less the counting of steps right before each."""
+    kept: list[Node] = []
+    follows_update = False
+    for node in reversed(nodes):
+        is_update = _is_update(node)
+        if not is_update and not (follows_update and node.target is torch.ops.aten._foreach_add_.Scalar):
+            kept.append(node)
+        follows_update = is_update  # in reverse: what comes before an update
+    return tuple(reversed(kept))
 
 
 def unnoticed_roots(segment: Segment, views: dict[Value, Node], is_captured: bool) -> list[Value]:
@@ -215,7 +228,7 @@ def unnoticed_roots(segment: Segment, views: dict[Value, Node], is_captured: boo
     written = [
         root_of(value, made)
         for node in segment.graph.nodes
-        if is_captured or is_optimizer_kernel(node)
+        if is_captured or _is_update(node)
         for value in writes_of(node)
     ]
     return [root for root in written if root in segment.inputs]

@@ -28,14 +28,17 @@ def ambient_context(ambient: Ambient) -> AbstractContextManager[None]:
     Leaving the outermost autocast context drops the casts that it cached. To share them, as eager code
     does, keep one context open over all nodes with the same ambient.
     """
-    return nullcontext() if _holds(ambient) else _entered(ambient)
+    return _NOTHING if _holds(ambient) else _entered(ambient)
+
+
+_NOTHING = nullcontext()
 
 
 def _holds(ambient: Ambient) -> bool:
     return (
         torch.is_grad_enabled() == ambient.grad
         and torch.is_inference_mode_enabled() == ambient.inference
-        and not _autocast_changes(ambient)
+        and not ((ambient.autocast or torch._C._is_any_autocast_enabled()) and _autocast_changes(ambient))  # type: ignore[attr-defined]
     )
 
 

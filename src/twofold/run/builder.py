@@ -89,6 +89,8 @@ class Builder:
     def __init__(self, options: Options, account: Account) -> None:
         self.options = options
         self.account = account
+        self.settled: set[Path] = set()
+        """Paths to which nothing is due, whatever runs next: no kernels are awaited, and no tier is on trial."""
         self._states: dict[Path, PathState] = {}
         self._contests: dict[Any, Contest] = {}
         self._compiler_missing_said = False
@@ -102,6 +104,7 @@ class Builder:
         if path.blocked or not path.stale:
             return
         began = time.perf_counter()
+        self.settled.clear()
         state.rebuilds += 1
         path.executable = None
         state.orders.clear()
@@ -142,7 +145,7 @@ class Builder:
         state = self._states.get(path)
         if state is None or path.blocked or path.stale or contest.on_trial is not None:
             return
-        if not state.has_ordered and self._wants_kernels() and INDUCTOR.isdisjoint(contest.rejected):
+        if self._has_to_order(state, contest):
             self._order(path, state, accelerator)
         if not state.orders or not all(order.done() for order in state.orders):
             return
@@ -156,6 +159,12 @@ class Builder:
             inner = InductorExecutable(path.program, compiler().artifact)
             self._install(path, state, inner, accelerator)
         self.account.stall_seconds += time.perf_counter() - began
+
+    def _has_to_order(self, state: PathState, contest: Contest) -> bool:
+        return not state.has_ordered and self._wants_kernels() and INDUCTOR.isdisjoint(contest.rejected)
+
+    def _is_owed(self, state: PathState, contest: Contest) -> bool:
+        return bool(state.orders) or self._has_to_order(state, contest)
 
     def compile_seconds(self) -> float:
         """Return the time spent compiling for this program."""
@@ -173,10 +182,13 @@ class Builder:
 
     def choose(self, path: Path) -> None:
         """Set what the next unit of a path runs on: the tier on trial or the best accepted, in turns; None: eagerly."""
-        state = self._states.get(path)
-        if state is None or self.options.backend != "auto":
+        state, contest = self._states.get(path), self._contest(path)
+        if state is None:
             return
-        contest = self._contest(path)
+        if contest.on_trial is None and len(contest.paths) <= 1 and not self._is_owed(state, contest):
+            self.settled.add(path)
+        if self.options.backend != "auto":
+            return
         is_sample = len(contest.samples) <= len(contest.references)
         for other in contest.paths if contest.on_trial else (path,):
             tiers = self._states[other].tiers
@@ -250,6 +262,7 @@ class Builder:
         return backend == "inductor" or (backend == "auto" and not self._is_exact())
 
     def _install(self, path: Path, state: PathState, inner: Executable, accelerator: bool) -> None:
+        self.settled.clear()
         executable = inner
         if accelerator and path.program.history is not None:
             # What a later backward reads must outlive the next launch, and memory of a captured graph does not.

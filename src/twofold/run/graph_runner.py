@@ -9,7 +9,7 @@ path again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,48 +21,15 @@ from twofold.convert.optimizers import Setting
 from twofold.convert.segments import (
     MAX_UNDONE_BYTES,
     Segment,
+    before_optimizers,
     bytes_of,
-    is_optimizer_kernel,
     root_of,
     unnoticed_roots,
     written_roots,
 )
 from twofold.graph import Node, Value, run_node
 
-
-@dataclass(frozen=True, eq=False)
-class GradientExits:
-    """What a unit leaves in `.grad`, column by column: it is set once a unit, for each parameter."""
-
-    leaves: tuple[torch.Tensor, ...]
-    values: tuple[Value, ...]
-    """Their gradients."""
-    cleared: tuple[torch.Tensor, ...]
-    """The leaves that have no gradient after a unit."""
-    views: tuple[Value, ...]
-    """Those of `values` that no segment hands out by themselves."""
-    copied: tuple[int, ...]
-    """The indices of those that lie in memory that the next launch writes to."""
-    shared: tuple[int, ...]
-    """The indices of those that do, in memory that a tensor which the program is handed shows too."""
-
-    @classmethod
-    def of(cls, program: Program, given: Collection[Value], is_reused: bool) -> GradientExits:
-        """Plan for a program; `given` are the values that a unit is given, `is_reused` is what it makes memory of."""
-        plans = [plan for plan in program.gradients if not plan.keeps]
-        pairs = [(plan.leaf, plan.exit) for plan in plans if plan.exit is not None]
-        values = tuple(value for _, value in pairs)
-        roots = [root_of(value, program.views) for value in values]
-        handed_out = {root_of(value, program.views) for value in program.escapes.values()}
-        reused = [index for index, root in enumerate(roots) if is_reused and root not in given]
-        return cls(
-            tuple(leaf for leaf, _ in pairs),
-            values,
-            tuple(plan.leaf for plan in plans if plan.exit is None),
-            tuple(value for value in values if value in program.views),
-            tuple(index for index in reused if roots[index] not in handed_out),
-            tuple(index for index in reused if roots[index] in handed_out),
-        )
+from .gradient_exits import GradientExits
 
 
 @dataclass(eq=False)
@@ -84,6 +51,8 @@ class Installed:
     """What the last segment writes before its optimizer kernels, by which time nothing can fail any more."""
     unnoticed: list[list[torch.Tensor]] = field(init=False)
     """What each segment changes with no version counter noticing, but for the state of optimizers."""
+    handed_on: frozenset[Value] = field(init=False)
+    """What segments make that may outlive the unit as it is: its memory is the unit's own, and not used again."""
     go_ahead: frozenset[int] = field(init=False)
     """Segments of an accelerator program that may be launched before Python has walked them."""
     host_copies: dict[int, tuple[Value, torch.Tensor]] = field(init=False)
@@ -106,7 +75,7 @@ class Installed:
             [value for value in written_roots(segment, program.views) if value in lasting]
             for segment in program.segments
         ]
-        state = {id(tensor) for plan in program.optimizers.values() for tensor in plan.tensors[3]}
+        state = {id(tensor) for plan in program.optimizers.values() for tensor in plan.tensors[2]}
         self.unnoticed = [
             [
                 self.statics[value]
@@ -117,7 +86,7 @@ class Installed:
         ]
         self.last = program.unit_segments - 1
         last = program.segments[self.last]
-        nodes = tuple(node for node in last.graph.nodes if not is_optimizer_kernel(node))
+        nodes = before_optimizers(last.graph.nodes)
         early = written_roots(Segment(replace(last.graph, nodes=nodes)), program.views)
         self.host_copies = {
             program.positions[event]: (value, _host_memory(value))
@@ -125,9 +94,14 @@ class Installed:
             for value in program.fetches[event]
             if _is_small_and_remote(value)
         }
+        self.handed_on = frozenset() if self.executable.reuses_outputs else frozenset(self._made_by_segments())
         self.go_ahead = self._find_go_ahead()
         # A CUDA graph that was captured does not fail at launch.
         self.written_early = [] if self.executable.reuses_outputs else [v for v in early if v in lasting]
+
+    def _made_by_segments(self) -> set[Value]:
+        made = {value for segment in self.program.segments for value in segment.outputs}
+        return made - self.program.views.keys()
 
     def _find_go_ahead(self) -> frozenset[int]:
         if not self.program.on_accelerator:
@@ -245,7 +219,9 @@ class GraphRunner:
     def _launch_next(self) -> None:
         installed, environment, feeds, index = self.installed, self.environment, self._feeds, self.launched
         is_kept = index == installed.last and not self._saved and not self.saves_last
-        self._save(installed.written_early if is_kept else installed.written[index])
+        written = installed.written_early if is_kept else installed.written[index]
+        if written or self.program.uses_random:
+            self._save(written)
         for value, number in self.program.feeds.items():
             if number in feeds:
                 environment[value] = feeds[number]
@@ -300,6 +276,8 @@ class GraphRunner:
 
         Where the executable uses its memory again, that memory is copied, once: call it when all is launched.
         """
+        if value in self.installed.handed_on:
+            return self.environment[value].detach()
         root = root_of(value, self.program.views)
         index = self.program.feeds.get(root)
         if index is not None:  # what the program gets is a view of its own tensor, not of our copy

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection
 import torch
 
 from twofold.capture.history import Layout
-from twofold.capture.trace import Made
 from twofold.capture.trace_graph import MAX_LAYOUTS, Path, TraceGraph
+from twofold.convert.histories import HistoryPlan
 
 from .account import Account
 from .graph_runner import GraphRunner
@@ -18,37 +18,33 @@ from .placeholders import with_freed_history
 LearnLayout = Callable[[Path, Layout | None], None]
 
 
-def made_in(path: Path, slot: int) -> Made:
-    """Return what is known of the tensor of a slot besides its contents."""
-    event = path.maker_of(slot).event
-    assert event is not None
-    return event.made[slot - event.first_slot]
-
-
-def outputs_of(path: Path, run: GraphRunner, slots: Collection[int], learn: LearnLayout) -> dict[int, torch.Tensor]:
+def outputs_of(
+    path: Path, run: GraphRunner, slots: Collection[int], learn: LearnLayout, bare: Collection[int] = ()
+) -> dict[int, torch.Tensor]:
     """Return the tensors of some slots of a unit that has run.
 
-    `learn` is told of a later backward that comes in a way for which there is no graph.
+    `learn` is told of a later backward that comes in a way for which there is no graph. Where eager's history is freed,
+    those in `bare` are left without.
     """
-    known = _with_history(path, run, slots, learn)
-    return {slot: known[slot] if slot in known else _output_of(path, run, slot) for slot in slots}
+    known = {} if path.program.history is None else _with_history(path, run, slots, learn)
+    return {slot: known[slot] if slot in known else _output_of(path, run, slot, slot in bare) for slot in slots}
 
 
-def _output_of(path: Path, run: GraphRunner, slot: int) -> torch.Tensor:
-    made, value = made_in(path, slot), run.owned_value(path.program.escapes[slot])
-    if not made.requires_grad:
+def _output_of(path: Path, run: GraphRunner, slot: int, is_bare: bool) -> torch.Tensor:
+    made, value = path.made_in(slot), run.owned_value(path.program.escapes[slot])
+    if is_bare or not made.spec.requires_grad:
         return value
     return with_freed_history(value, made.grad_function) if made.grad_function else value.requires_grad_()
 
 
 def _with_history(path: Path, run: GraphRunner, slots: Collection[int], learn: LearnLayout) -> dict[int, torch.Tensor]:
     """Return the outputs that a backward outside the unit may differentiate, all of them at once."""
-    plan = path.program.history
-    if plan is None or set(plan.outputs).isdisjoint(slots):
+    plan: HistoryPlan = path.program.history
+    if set(plan.outputs).isdisjoint(slots):
         return {}
     with torch.no_grad():
         outputs = [run.owned_value(path.program.escapes[slot]) for slot in plan.outputs]
-    names = [str(made_in(path, slot).grad_function) for slot in plan.outputs]
+    names = [str(path.made_in(slot).grad_function) for slot in plan.outputs]
     history = History(path, run, learn)
     return dict(zip(plan.outputs, with_history(history, run, outputs, names), strict=True))
 

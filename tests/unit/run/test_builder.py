@@ -171,6 +171,23 @@ def test_kernels_that_arrive_are_kept_if_they_are_faster_than_replay(orders: Ord
     assert builder.compile_seconds() == 1.5
 
 
+def test_a_path_is_settled_when_nothing_is_due(orders: Orders):
+    builder = make_builder(numerics="fused")
+    path = on_replay(builder)
+    assert not builder.settled, "kernels are not ordered yet"
+    builder.poll(path, accelerator=False)
+    builder.choose(path)
+    assert not builder.settled, "kernels are awaited"
+    orders.future.set_result(None)
+    builder.poll(path, accelerator=False)
+    builder.choose(path)
+    assert not builder.settled, "a tier is on trial"
+    try_out(builder, path, 0.0005, 0.001)
+    assert builder.settled == {path}
+    builder.prepare(make_path(), accelerator=False)
+    assert not builder.settled, "there is another path"
+
+
 def test_a_slow_replay_leaves_the_path_open_for_kernels(orders: Orders):
     builder, path = make_builder(numerics="fused"), make_path()
     builder.prepare(path, accelerator=False)

@@ -120,7 +120,7 @@ class Pending(threading.local):
 
     def flush(self) -> None:
         """Compute everything that waits. Raises what its operations raise."""
-        if self._flushing:
+        if self._flushing or not (self._sources or self._noted):
             return
         sources, self._sources = self._sources, []
         noted, self._noted = self._noted, []

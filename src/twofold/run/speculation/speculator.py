@@ -51,14 +51,18 @@ class Speculator:
         )
 
     def call(
-        self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any], signature: Signature
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        signature: Signature,
+        root: PathNode,
     ) -> tuple[Any, Path | None]:
         """Run a call without its Python; return its result and its path, or `MISSED` and None.
 
         Raises `NotConvertibleError` where speculation is demanded, strictly, and refused; else what effects of the
         call raise.
         """
-        root = self._graph.root(signature)
         had_graphs = self.cache.has_graphs(root)
         result, path = self.cache.call(root, arguments, keywords)
         if result is not MISSED or self.cache.was_undone:

@@ -14,15 +14,17 @@ from twofold.capture.trace import External, Slot, leaves
 from twofold.capture.trace_graph import Path, Role
 from twofold.convert.from_traces import Program
 from twofold.convert.speculation.speculation import Generator, commit, draw_by, launch, rewinding, step, tensor
-from twofold.graph import Graph
+from twofold.graph import Graph, values_in
 from twofold.run.graph_runner import GraphRunner
-from twofold.run.outputs import LearnLayout, made_in, outputs_of
+from twofold.run.outputs import LearnLayout, outputs_of
 from twofold.run.placeholders import with_freed_history
 
 FAILED: Final = object()
 """What a host function returns when an assumption does not hold."""
 
 _TENSOR = torch.Tensor
+_BLIND: Final = NUMBER_READS | {_TENSOR.detach}
+"""What returns the same for tensors with and without a history."""
 
 
 class CannotSpeculate(Exception):
@@ -36,10 +38,13 @@ class TensorWork:
         self.path = path
         self.program: Program = path.program
         self.learn = learn
+        self._optimizers = tuple(self.program.optimizers.values())
         last = path.nodes[-1]
         self.roles: dict[int, Role] = {index: last.role_of(index)[0] for index in self.program.feeds.values()}
-        kept = [node.arguments[1] for node in scheduled.nodes if node.target is tensor]
-        self.slots: tuple[Any, ...] = tuple(dict.fromkeys(kept))
+        kept: list[Any] = [node.arguments[1] for node in scheduled.nodes if node.target is tensor]
+        self.slots: tuple[int, ...] = tuple(dict.fromkeys(kept))
+        self.bare: frozenset[int] = frozenset(kept) - _seen_with_history(scheduled)
+        """Those of which Python is given nothing that shows a history, so that they need none."""
         self.final_step = _final_step(scheduled)
         """The optimizer's step, outside the graph, after which nothing can be found to be otherwise."""
 
@@ -54,10 +59,17 @@ class TensorWork:
         installed = self.path.executable
         if not installed.lives_where_it_did():  # whether there are gradients is in the signature
             raise CannotSpeculate("a parameter or gradient was replaced")
-        for plan in self.program.optimizers.values():
+        for plan in self._optimizers:
             if not plan.still_holds() or has_step_hooks(plan.optimizer):
                 raise CannotSpeculate(f"{type(plan.optimizer).__name__} is set otherwise")
         return GraphRunner(installed, feeds, given)
+
+
+def _seen_with_history(scheduled: Graph) -> set[Any]:
+    seen = {value for node in scheduled.nodes if node.target not in _BLIND for value in node.operands}
+    seen.update(values_in(tuple(scheduled.outputs)))
+    kept: list[Any] = [n.arguments[1] for n in scheduled.nodes if n.target is tensor and n.results[0] in seen]
+    return set(kept)
 
 
 def _final_step(scheduled: Graph) -> Any:
@@ -127,7 +139,7 @@ class SpeculatedUnit:
         if isinstance(reference, External):
             role, _ = path.nodes[-1].role_of(reference.index)
             return self._given[reference.index] if role.tensor is None else role.tensor
-        made = made_in(path, reference.index)
+        made = path.made_in(reference.index)
         if shows_history and made.grad_function:
             return with_freed_history(value.detach(), made.grad_function)
         return value.requires_grad_() if made.requires_grad and made.is_leaf else value
@@ -151,7 +163,7 @@ class SpeculatedUnit:
 
     def launch(self, undoable: bool) -> None:
         """See `Unit.launch`."""
-        run = self._started()
+        run = self._run or self._started()
         run.saves_last = undoable
         run.launch_through(run.installed.last + 1)
 
@@ -159,12 +171,12 @@ class SpeculatedUnit:
         """See `Unit.tensor`."""
         if self._outputs is None:
             work = self._work
-            self._outputs = outputs_of(work.path, self._started(), work.slots, work.learn)
+            self._outputs = outputs_of(work.path, self._run or self._started(), work.slots, work.learn, work.bare)
         return self._outputs[slot]
 
     def commit(self) -> None:
         """See `Unit.commit`."""
-        self._started().commit_gradients()
+        (self._run or self._started()).commit_gradients()
         self.is_committed = True
 
     def discard(self) -> None:

@@ -1,0 +1,47 @@
+"""What a unit leaves in `.grad` of the leaves, as it is known when the graph of its path is built."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from twofold.convert.from_traces import Program
+from twofold.convert.segments import root_of
+from twofold.graph import Value
+
+
+@dataclass(frozen=True, eq=False)
+class GradientExits:
+    """What a unit leaves in `.grad`, column by column: it is set once a unit, for each parameter."""
+
+    leaves: tuple[torch.Tensor, ...]
+    values: tuple[Value, ...]
+    """Their gradients."""
+    cleared: tuple[torch.Tensor, ...]
+    """The leaves that have no gradient after a unit."""
+    views: tuple[Value, ...]
+    """Those of `values` that no segment hands out by themselves."""
+    copied: tuple[int, ...]
+    """The indices of those that lie in memory that the next launch writes to."""
+    shared: tuple[int, ...]
+    """The indices of those that do, in memory that a tensor which the program is handed shows too."""
+
+    @classmethod
+    def of(cls, program: Program, given: Collection[Value], is_reused: bool) -> GradientExits:
+        """Plan for a program; `given` are the values that a unit is given, `is_reused` is what it makes memory of."""
+        plans = [plan for plan in program.gradients if not plan.keeps]
+        pairs = [(plan.leaf, plan.exit) for plan in plans if plan.exit is not None]
+        values = tuple(value for _, value in pairs)
+        roots = [root_of(value, program.views) for value in values]
+        handed_out = {root_of(value, program.views) for value in program.escapes.values()}
+        reused = [index for index, root in enumerate(roots) if is_reused and root not in given]
+        return cls(
+            tuple(leaf for leaf, _ in pairs),
+            values,
+            tuple(plan.leaf for plan in plans if plan.exit is None),
+            tuple(value for value in values if value in program.views),
+            tuple(index for index in reused if roots[index] not in handed_out),
+            tuple(index for index in reused if roots[index] in handed_out),
+        )

@@ -1,0 +1,186 @@
+"""What is checked before each unit in the steady state: each check is broken alone, and would be missed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.hazards.programs import Parts, same, sgd, training
+from twofold.convert.from_traces import OptimizerPlan
+from twofold.run.graph_runner import Installed
+from twofold.run.speculation import unit
+
+STEPS = 24
+DISTURBED = 14
+
+Disturb = Callable[[Parts], None]
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=0.01)
+
+
+def first(parts: Parts) -> nn.Parameter:
+    return parts.optimizer.param_groups[0]["params"][0]
+
+
+def replace_state_tensor(parts: Parts) -> None:
+    parts.optimizer.state[first(parts)]["exp_avg"] = torch.ones_like(first(parts))
+
+
+def replace_state_dictionary(parts: Parts) -> None:
+    state = parts.optimizer.state[first(parts)]
+    parts.optimizer.state[first(parts)] = {**state, "exp_avg": torch.ones_like(first(parts))}
+
+
+def exchange_owners(parts: Parts) -> None:
+    """The states stay in their order, those of the two first weights change their keys."""
+    items = list(parts.optimizer.state.items())
+    owners = [owner for owner, _ in items]
+    owners[0], owners[2] = owners[2], owners[0]
+    parts.optimizer.state.clear()
+    parts.optimizer.state.update(zip(owners, [state for _, state in items], strict=True))
+
+
+def forget_last_state(parts: Parts) -> None:
+    """Nothing is left of it, so the optimizer begins anew with that parameter."""
+    parts.optimizer.state.popitem()
+
+
+def load_state(parts: Parts) -> None:
+    state = parts.optimizer.state_dict()
+    state["state"][0]["exp_avg"] = torch.ones_like(first(parts))
+    parts.optimizer.load_state_dict(state)
+
+
+def set_weight_decay(parts: Parts) -> None:
+    parts.optimizer.param_groups[0]["weight_decay"] = 0.5
+
+
+def take_parameter_away(parts: Parts) -> None:
+    del parts.optimizer.param_groups[0]["params"][-1]
+
+
+def replace_parameter(parts: Parts) -> None:
+    parts.optimizer.param_groups[0]["params"][0] = nn.Parameter(first(parts).detach().clone())
+
+
+def add_group(parts: Parts) -> None:
+    """A parameter is stepped twice."""
+    group = parts.optimizer.param_groups[0]
+    parts.optimizer.param_groups.append({**group, "params": [first(parts)]})
+
+
+def move_parameter(parts: Parts) -> None:
+    first(parts).data = first(parts).data * 0.5
+
+
+DISTURBANCES = (
+    replace_state_tensor, replace_state_dictionary, exchange_owners, forget_last_state, load_state, set_weight_decay,
+    take_parameter_away, replace_parameter, add_group,
+)  # fmt: skip
+
+
+def disturbed(disturb: Disturb) -> Any:
+    def make(parts: Parts) -> Any:
+        return lambda number, x, y: parts.train(x, y)
+
+    def between(number: int, parts: Parts) -> None:
+        if number == DISTURBED:
+            disturb(parts)
+
+    # Where a parameter changes, the optimizer has no state that would show it.
+    optimizer = sgd if disturb in (take_parameter_away, replace_parameter) else adam
+    return training(make, model=net, optimizer=optimizer, between=between)
+
+
+def run(disturb: Disturb, engine: str) -> dict[str, Any]:
+    return same(disturbed(disturb), STEPS, numerics="fused", engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["coexecution", "speculation"])
+@pytest.mark.parametrize("disturb", [*DISTURBANCES, move_parameter])
+def test_state_that_changes_between_units(disturb: Disturb, engine: str) -> None:
+    report = run(disturb, engine)
+    assert report["graph_iterations"] > DISTURBED // 2
+    assert (report["speculated_iterations"] > DISTURBED // 3) is (engine == "speculation")
+
+
+@pytest.mark.parametrize("disturb", DISTURBANCES)
+def test_harness_catches_an_optimizer_that_is_not_looked_at(disturb: Disturb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OptimizerPlan, "still_holds", lambda _: True)
+    with pytest.raises(AssertionError, match="differences from eager"):
+        run(disturb, "speculation")
+
+
+def test_harness_catches_memory_that_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Installed, "lives_where_it_did", lambda _: True)
+    with pytest.raises(AssertionError, match="differences from eager"):
+        run(move_parameter, "speculation")
+
+
+# ---- what a unit hands out -------------------------------------------------------------------------------------
+
+
+def detached(parts: Parts, loss: torch.Tensor) -> Any:
+    return loss.detach()
+
+
+def number(parts: Parts, loss: torch.Tensor) -> Any:
+    return loss.item()
+
+
+def both(parts: Parts, loss: torch.Tensor) -> Any:
+    return loss.detach(), loss
+
+
+def kept(parts: Parts, loss: torch.Tensor) -> Any:
+    parts.seen["last"] = loss
+    return loss.detach()
+
+
+def in_a_tuple(parts: Parts, loss: torch.Tensor) -> Any:
+    parts.seen["last"] = ("loss", loss)
+    return loss.detach()
+
+
+def printed(parts: Parts, loss: torch.Tensor) -> Any:
+    print(loss)
+    return loss.detach()
+
+
+def computed_with(parts: Parts, loss: torch.Tensor) -> Any:
+    return loss.detach(), loss * 2
+
+
+WITH_HISTORY = (both, kept, in_a_tuple, computed_with)
+
+
+def handing_out(hand_out: Callable[[Parts, torch.Tensor], Any]) -> dict[str, Any]:
+    def make(parts: Parts) -> Any:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            return hand_out(parts, parts.train(x, y))
+
+        return step
+
+    return same(training(make), 16, engine="speculation")
+
+
+@pytest.mark.parametrize("hand_out", [detached, number, printed, *WITH_HISTORY])
+def test_history_is_there_for_whom_it_shows(hand_out: Callable[[Parts, torch.Tensor], Any]) -> None:
+    assert handing_out(hand_out)["speculated_iterations"] > 4
+
+
+@pytest.mark.parametrize("hand_out", WITH_HISTORY)
+def test_harness_catches_history_that_is_missing(
+    hand_out: Callable[[Parts, torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unit, "_seen_with_history", lambda _: set())
+    with pytest.raises(AssertionError, match="differences from eager"):
+        handing_out(hand_out)
