@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ from tests.hazards.programs import Parts, same, summary, training
 from twofold.run.speculation.unit import SpeculatedUnit
 
 Step = Callable[..., Any]
-Draw = Callable[[Parts], float]
 
 
 def speculates(factory: Any, steps: int = 40, at_least: int = 20, **options: Any) -> dict[str, Any]:
@@ -22,40 +21,31 @@ def speculates(factory: Any, steps: int = 40, at_least: int = 20, **options: Any
     return report
 
 
-def own(make: Callable[[], Any], use: Callable[[Any], float]) -> Callable[[Parts], float]:
-    """Draw from a generator of the program's own."""
+class Draw(NamedTuple):
+    """How to draw, and how to make a generator of the program's own to draw from."""
 
-    def draw(parts: Parts) -> float:
-        return use(parts.seen["generator"])
-
-    draw.make = make
-    return draw
+    use: Callable[[Any], float]
+    make: Callable[[], Any] = lambda: None
 
 
 DRAWS: dict[str, Draw] = {
-    "random.random": lambda parts: random.random(),
-    "random.gauss": lambda parts: random.gauss(0.0, 1.0),  # keeps every second number
-    "random.randint": lambda parts: random.randint(0, 100) / 100,
-    "random.choice": lambda parts: random.choice([0.25, 0.5, 0.75]),
-    "random.choices": lambda parts: random.choices([0.25, 0.5], weights=[1, 3], k=2)[1],
-    "random.sample": lambda parts: sum(random.sample([0.1, 0.2, 0.3], 2)),
-    "numpy.random.rand": lambda parts: float(np.random.rand()),
-    "numpy.random.randn": lambda parts: float(np.random.randn(3)[1]),  # keeps every second number
-    "numpy.random.choice": lambda parts: float(np.random.choice([0.25, 0.5, 0.75], p=[0.5, 0.25, 0.25])),
-    "random.Random": own(lambda: random.Random(3), lambda generator: generator.uniform(0, 1)),
-    "RandomState": own(lambda: np.random.RandomState(3), lambda generator: float(generator.uniform())),
-    "Generator": own(lambda: np.random.default_rng(3), lambda generator: float(generator.normal())),
-    "Generator.integers": own(
-        lambda: np.random.Generator(np.random.MT19937(3)),
+    "random.random": Draw(lambda _: random.random()),
+    "random.gauss": Draw(lambda _: random.gauss(0.0, 1.0)),  # keeps every second number
+    "random.randint": Draw(lambda _: random.randint(0, 100) / 100),
+    "random.choice": Draw(lambda _: random.choice([0.25, 0.5, 0.75])),
+    "random.choices": Draw(lambda _: random.choices([0.25, 0.5], weights=[1, 3], k=2)[1]),
+    "random.sample": Draw(lambda _: sum(random.sample([0.1, 0.2, 0.3], 2))),
+    "numpy.random.rand": Draw(lambda _: float(np.random.rand())),
+    "numpy.random.randn": Draw(lambda _: float(np.random.randn(3)[1])),  # keeps every second number
+    "numpy.random.choice": Draw(lambda _: float(np.random.choice([0.25, 0.5, 0.75], p=[0.5, 0.25, 0.25]))),
+    "random.Random": Draw(lambda generator: generator.uniform(0, 1), lambda: random.Random(3)),
+    "RandomState": Draw(lambda generator: float(generator.uniform()), lambda: np.random.RandomState(3)),
+    "Generator": Draw(lambda generator: float(generator.normal()), lambda: np.random.default_rng(3)),
+    "Generator.integers": Draw(
         lambda generator: int(generator.integers(0, 100, dtype=np.int32)) / 100,  # keeps half of 64 bits
+        lambda: np.random.Generator(np.random.MT19937(3)),
     ),
 }
-
-
-def prepare(parts: Parts, draw: Draw) -> None:
-    make = getattr(draw, "make", None)
-    if make is not None:
-        parts.seen["generator"] = make()
 
 
 @pytest.mark.parametrize("name", DRAWS)
@@ -63,10 +53,10 @@ def test_draw_steers(name: str) -> None:
     draw = DRAWS[name]
 
     def make(parts: Parts) -> Step:
-        prepare(parts, draw)
+        parts.seen["generator"] = draw.make()
 
         def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
-            if draw(parts) < 0.5:
+            if draw.use(parts.seen["generator"]) < 0.5:
                 x = -x
             return parts.train(x, y).detach()
 
@@ -80,13 +70,13 @@ def test_draw_is_computed_with_and_kept(name: str) -> None:
     draw = DRAWS[name]
 
     def make(parts: Parts) -> Step:
-        prepare(parts, draw)
+        parts.seen["generator"] = draw.make()
         parts.seen["drawn"] = []
 
         def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
-            first = draw(parts)
+            first = draw.use(parts.seen["generator"])
             loss = parts.train(x * first, y)
-            parts.seen["drawn"].append((first, draw(parts)))
+            parts.seen["drawn"].append((first, draw.use(parts.seen["generator"])))
             print("drawn", first)
             return loss.detach()
 
@@ -102,7 +92,7 @@ def test_draws_are_taken_back(name: str, where: str) -> None:
     draw = DRAWS[name]
 
     def make(parts: Parts) -> Step:
-        prepare(parts, draw)
+        parts.seen["generator"] = draw.make()
         parts.seen["high"], parts.seen["drawn"] = 0, []
 
         def decide(loss: torch.Tensor, here: str) -> None:
@@ -113,9 +103,9 @@ def test_draws_are_taken_back(name: str, where: str) -> None:
             parts.optimizer.zero_grad()
             loss = F.mse_loss(parts.model(F.dropout(x, 0.1)), y)
             decide(loss, "before the draw")
-            first = draw(parts)
+            first = draw.use(parts.seen["generator"])
             decide(loss, "between two draws")
-            second = draw(parts)
+            second = draw.use(parts.seen["generator"])
             parts.seen["drawn"].append(first - second)
             decide(loss, "after the draws")
             (loss if first < second else loss * 2).backward()

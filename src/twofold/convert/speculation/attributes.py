@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,7 +12,11 @@ from torch import nn
 from .heap import is_lasting, is_value
 from .items import NONE, Dynamic, Instance, Item, Known, Mapping, Method, Outside, Place, Sequence, Super, Tensor
 from .library import find_in_class, is_data_descriptor, is_library
-from .objects import Objects, Raised, is_array
+from .objects import Namespace, Objects, Raised, is_array
+from .speculation import defined
+
+FieldOfTuple = type(inspect.getattr_static(NamedTuple("One", [("field", int)]), "field"))
+"""The type of the descriptors of a named tuple's fields."""
 
 
 class Attributes(Objects):
@@ -74,7 +79,8 @@ class Attributes(Objects):
         owner, held = found
         if isinstance(held, classmethod):
             return Method(Known(held.__func__), Known(kind))
-        if (is_library(owner.__module__) and is_lasting(held)) or isinstance(held, staticmethod | types.FunctionType):
+        is_code = is_lasting(held) or hasattr(type(held), "__get__")
+        if (is_library(owner.__module__) and is_code) or isinstance(held, staticmethod | types.FunctionType):
             self._assume_class(owner, name)
             return Known(getattr(kind, name))
         return self.heap.read(self._class(owner), "get_attr", name)
@@ -137,6 +143,8 @@ class Attributes(Objects):
     def _attribute_of_object(self, item: Outside | Instance, name: str) -> Item:
         kind = self.type_of(item)
         found = find_in_class(kind, name)
+        if name == "__dict__" and isinstance(item, Instance):
+            return Mapping(Namespace, item.attributes)
         if isinstance(kind.__getattribute__, types.FunctionType):
             raise self.refuse("unsupported_object", f"{kind.__qualname__} defines __getattribute__")
         if found is not None and is_data_descriptor(found[1]):
@@ -196,6 +204,11 @@ class Attributes(Objects):
                 return self.heap.read(item, "get_attr", name)
             case types.MethodDescriptorType() | types.WrapperDescriptorType() | types.BuiltinFunctionType():
                 return Method(Known(found), item)
+            case _ if isinstance(found, FieldOfTuple) and isinstance(item, Outside):
+                return self.heap.read(item, "get_item", type(item.object)._fields.index(name))
+            case _ if isinstance(getattr(type(found), "__get__", None), types.FunctionType):
+                getter = Method(Known(type(found).__get__), self._descriptor(found, owner, name))
+                return self.call(getter, [item, Known(self.type_of(item))], {})
             case _ if hasattr(type(found), "__get__"):
                 raise self.refuse("unsupported_object", f"{owner.__qualname__}.{name} is a descriptor")
             case _ if isinstance(item, Outside) and not is_library(owner.__module__):
@@ -203,6 +216,13 @@ class Attributes(Objects):
                 return self.heap.read(item, "get_attr", name) if written is None else written
             case _:
                 return self._attribute_of_class(owner, name)
+
+    def _descriptor(self, found: Any, owner: type, name: str) -> Item:
+        """Return a descriptor that is written in Python, assumed to stay what the class defines."""
+        place = Place(f"{owner.__qualname__}.{name}", (id(owner), "defines", name), False)
+        if is_library(owner.__module__):
+            return self.heap.fixed(found, self.host.root(name, found), place)
+        return self.heap.item(found, self.host.call(defined, self._class(owner).value, name), place)
 
     # ---- writing -----------------------------------------------------------------------------------------
 
@@ -226,6 +246,10 @@ class Attributes(Objects):
         if found is not None and is_data_descriptor(found[1]) and not isinstance(found[1], types.MemberDescriptorType):
             if isinstance(found[1], property) and found[1].fset is not None:
                 self.call(Known(found[1].fset), [item, value], {})
+                return
+            if isinstance(getattr(type(found[1]), "__set__", None), types.FunctionType):
+                setter = Method(Known(type(found[1]).__set__), self._descriptor(found[1], found[0], name))
+                self.call(setter, [item, value], {})
                 return
             raise self.refuse("unsupported_object", f"{kind.__qualname__}.{name} is a descriptor")
         if isinstance(item, Instance):

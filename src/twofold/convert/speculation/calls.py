@@ -106,7 +106,7 @@ class Calls(TorchCalls):
             function = method.function.object
             if isinstance(receiver, Outside) and type(receiver.object) in DRAWS:
                 return self.draw(receiver, function.__name__, arguments, keywords)
-            if isinstance(receiver, Sequence | Mapping | Outside | Stream) and not isinstance(
+            if isinstance(receiver, Sequence | Mapping | Outside | Instance | Stream) and not isinstance(
                 function, types.FunctionType
             ):
                 return self.container_method(receiver, function, arguments, keywords)
@@ -228,7 +228,7 @@ class Calls(TorchCalls):
     # ---- objects made by the call ------------------------------------------------------------------------
 
     def _construct(self, kind: type, arguments: list[Item], keywords: dict[str, Item]) -> Item:
-        if issubclass(kind, CONTEXTS) or kind in (torch.Size, torch.device, torch.Generator):
+        if issubclass(kind, CONTEXTS) or kind in _CONSTANTS:
             named = {name: self.known(item) for name, item in keywords.items()}
             with torch._C.DisableTorchFunction():
                 return Known(kind(*map(self.known, arguments), **named))
@@ -338,6 +338,9 @@ class Calls(TorchCalls):
             scope = scope.parent
         raise self.refuse("unsupported_call", "super() outside a method")
 
+
+_CONSTANTS = frozenset({torch.Size, torch.device, torch.Generator, torch.finfo, torch.iinfo})
+"""Types of PyTorch's whose instances are made of constants and no tensors."""
 
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",

@@ -10,7 +10,7 @@ from .heap import is_value
 from .host import constant
 from .items import NONE, Dynamic, Item, Known, Mapping, Outside, Sequence, Stream
 from .library import DICT_CHANGES, LIST_CHANGES, PURE, SET_CHANGES
-from .objects import DICTS, LISTS, Raised
+from .objects import DICTS, LISTS, Namespace, Raised
 
 
 class Containers(Attributes):
@@ -19,6 +19,7 @@ class Containers(Attributes):
     def container_method(self, item: Item, function: Any, arguments: list[Item], keywords: dict[str, Item]) -> Item:
         """Call a method of a builtin container."""
         name = function.__name__
+        item = self.heap.current(item)
         match item:
             case Sequence() if item.kind is list and name in LIST_CHANGES:
                 return self._change_sequence(item, name, arguments, keywords)
@@ -129,8 +130,8 @@ class Containers(Attributes):
 
     def _mapping_method(self, item: Mapping, name: str, arguments: list[Item], keywords: dict[str, Item]) -> Item:
         entries = item.entries
-        if name in DICT_CHANGES and item.value is not None:
-            raise self.refuse("unsupported_object", f"calls {name} of a dictionary that was handed out")
+        if name in DICT_CHANGES and (item.value is not None or item.kind is Namespace):
+            raise self.refuse("unsupported_object", f"calls {name} of a dictionary that others have")
         match name:
             case "get" | "pop" | "setdefault":
                 key = self.key(arguments[0])
@@ -239,6 +240,8 @@ class Containers(Attributes):
         self.dry_run(getattr(type(copied), name), [copied, *samples], named)
         nested = [self.host.argument(one) for one in given]
         self.host.effect(function, item.value, *nested, keywords={k: constant(v) for k, v in named.items()})
+        if name == "clear":
+            self.heap.empty(item)
         return taken
 
     def _taken(self, item: Outside, name: str, given: list[Item]) -> Item:
@@ -248,10 +251,7 @@ class Containers(Attributes):
         if name in ("popitem", "setdefault") or isinstance(item.object, set) or len(given) > 1:
             raise self.refuse("unsupported_call", f"calls {name} of {self.describe(item)}")
         key = Known(0) if name == "popleft" else given[0] if given else Known(-1)
-        taken = self.subscript(item, key)
-        for index in range(-len(item.object), len(item.object)):
-            self.heap.forget(item, "get_item", index)
-        return taken
+        return self.subscript(item, key)
 
     def _stand_in(self, item: Item) -> Any:
         try:

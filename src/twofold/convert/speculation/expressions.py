@@ -60,7 +60,7 @@ class Expressions(Calls):
             if method is None:
                 raise self.refuse("unsupported_syntax", f"{type(node).__name__} is not converted")
             self.host.origin = self.scope.code.origin(node)
-            return method(node)
+            return self.heap.current(method(node))
         finally:
             self.node = outer
 
@@ -355,13 +355,13 @@ class Expressions(Calls):
         return Known((held[0] is held[1]) is wanted)
 
     def _identity(self, item: Item) -> Any:
-        match item:
-            case Known() | Outside():
-                return item.object
-            case Tensor():
-                return item.sample
-            case _:
-                return item
+        match self.heap.current(item):
+            case (Known() | Outside()) as held:
+                return held.object
+            case Tensor() as held:
+                return held.sample
+            case held:
+                return held
 
     def _contains(self, container: Item, item: Item) -> Item:
         match container:

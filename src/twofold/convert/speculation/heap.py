@@ -23,7 +23,7 @@ from twofold.convert.refusals import Refusal, Refused
 from twofold.graph import Value
 
 from .host import Host, constant
-from .items import Dynamic, Item, Known, Outside, Place, Tensor
+from .items import Dynamic, Item, Known, Mapping, Outside, Place, Sequence, Tensor
 from .speculation import Generator, equal
 
 VALUES = (
@@ -78,6 +78,8 @@ class Heap:
         """What the dry run works on instead of foreign mutable objects, by their `id`; see `copy_of`."""
         self.changed: set[int] = set()
         """Foreign containers, by `id`, that effects of this call have changed."""
+        self._emptied: dict[int, Sequence | Mapping] = {}
+        """Foreign lists and dictionaries, by `id`, that this call has emptied: what it has put into them since."""
         self.arrays_changed = False
         self._lengths: dict[int, Hashable] = {}
         """Where the lengths assumed so far are read, by the `id` of their containers."""
@@ -261,12 +263,28 @@ class Heap:
         self._grown[id(holder.object)] = self._grown.get(id(holder.object), 0) + 1
 
     def change(self, holder: Outside) -> Any:
-        """Take note that an effect changes a foreign container; return the copy to change in the dry run."""
+        """Take note that an effect changes a foreign container; return the copy to change in the dry run.
+
+        What was read from it before is read again: another item may lie there.
+        """
         if id(holder.object) in self._lengths and self._lengths[id(holder.object)] not in self._host.relaxed:
             raise Relax(self._lengths[id(holder.object)])
         self._written.setdefault(id(holder.object), holder)
+        for address in [address for address in self._known if address[:2] == (id(holder.object), "get_item")]:
+            del self._known[address]
         self.changed.add(id(holder.object))
         return self.copy_of(holder.object)
+
+    def empty(self, holder: Outside) -> None:
+        """Take note that an effect empties a list or dictionary: from now on the call knows what is in it."""
+        if type(holder.object) is list:
+            self._emptied[id(holder.object)] = Sequence(list, [], holder.value)
+        elif type(holder.object) is dict:
+            self._emptied[id(holder.object)] = Mapping(dict, {}, holder.value)
+
+    def current(self, item: Item) -> Item:
+        """Return what stands for an item now: another one for a container that this call has emptied."""
+        return self._emptied.get(id(item.object), item) if isinstance(item, Outside) else item
 
     def close(self) -> None:
         """Assume that objects which were written are none of the others: two names for one object see one state."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -44,6 +45,8 @@ from .speculation import (
 )
 
 _DEFAULT = Ambient()
+_MADE = (dict, OrderedDict, defaultdict)
+"""Kinds of dictionaries that a call may make and hand out."""
 
 
 class Host:
@@ -254,7 +257,7 @@ class Host:
                 return item.value
             case Listed() if item.kind is tuple and item.value is None:
                 return tuple(self.argument(inner) for inner in item.items)
-            case Listed() | Mapped() | Instance():
+            case Listed() | Mapped() | Instance() if item.kind in _MADE or not issubclass(item.kind, dict):
                 if item.value is None:
                     item.value = self._make(item)
                 return item.value
@@ -322,8 +325,19 @@ def drop_overwritten(graph: Graph, replaceable: Collection[tuple[str, Value, Has
             later.clear()
         else:
             later = {place for place in later if not _reads(node, place)}
+            if node.target is list and node.results:
+                node = _without_overwritten(node, later)
         kept.append(node)
     return replace(graph, nodes=tuple(reversed(kept)))
+
+
+def _without_overwritten(node: Node, later: Collection[tuple[str, Value, Hashable]]) -> Node:
+    """Return the making of a list without the items that others take the place of: these need not be kept."""
+    (items,) = node.arguments
+    if not isinstance(items, list):
+        return node
+    kept = [None if ("set_item", node.results[0], index) in later else item for index, item in enumerate(items)]
+    return replace(node, arguments=(kept,))
 
 
 def _reads(node: Node, place: tuple[str, Value, Hashable]) -> bool:

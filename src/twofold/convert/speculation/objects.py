@@ -39,6 +39,10 @@ LISTS = (list, tuple, deque)
 DICTS = (dict, OrderedDict, defaultdict)
 
 
+class Namespace(dict[str, Any]):
+    """The kind of a mapping that is an object's `__dict__`: it may be looked at, and not be kept."""
+
+
 class Raised(Exception):
     """The program raised an exception, and the same values would raise it again."""
 
@@ -344,6 +348,9 @@ class Objects:
         if isinstance(key, slice):
             items = self.spread(item).items[key]
             return Sequence(type(held) if type(held) in (list, tuple) else list, items)
+        is_set = self.heap.is_written(held) and id(held) not in self.heap.changed
+        if is_set and isinstance(held, list) and isinstance(key, int) and key < 0:
+            key += self.known(self.length(item))
         known = self.heap.overwritten(item, "get_item", key)
         if known is not None:
             return known
@@ -366,10 +373,8 @@ class Objects:
             case Tensor():
                 self.native(torch.Tensor.__setitem__, [item, key, value], {})
             case Sequence() if item.kind is list:
-                item.items[self.known(key)] = value if not isinstance(self.known(key), slice) else self._slice(value)
-                if item.value is not None:
-                    self.host.store("set_item", item.value, constant(self.known(key)), self.host.argument(value))
-            case Mapping() if item.kind is not set:
+                self._set_item_of_list(item, self.known(key), value)
+            case Mapping() if item.kind not in (set, Namespace):
                 item.entries[self.key(key)] = value
                 if item.value is not None:
                     self.host.store("set_item", item.value, self.host.argument(key), self.host.argument(value))
@@ -384,8 +389,17 @@ class Objects:
             case _:
                 raise self.refuse("unsupported_object", f"writes an item of {self.describe(item)}")
 
-    def _slice(self, value: Item) -> Any:
-        return list(self.iterate(value))
+    def _set_item_of_list(self, item: Sequence, key: Any, value: Item) -> None:
+        try:
+            if isinstance(key, slice):
+                item.items[key] = list(self.iterate(value))
+            else:
+                item.items[key] = value
+        except (IndexError, TypeError) as error:
+            raise Raised(error) from None
+        if item.value is not None:
+            place = key % len(item.items) if isinstance(key, int) else key
+            self.host.store("set_item", item.value, constant(place), self.host.argument(value), replaces=True)
 
     def _set_item_of_container(self, item: Outside, key: Any, value: Item) -> None:
         held = item.object

@@ -255,4 +255,6 @@ def _elsewhere(effect: Node, reading: Node) -> bool:
     written, read_at = effect.arguments[1], reading.arguments[1]
     if isinstance(written, Value | Constant) or isinstance(read_at, Value | Constant):
         return False
+    if isinstance(written, int) and isinstance(read_at, int) and (written < 0) != (read_at < 0):
+        return False  # one item counted from both ends
     return written != read_at

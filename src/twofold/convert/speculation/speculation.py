@@ -172,6 +172,11 @@ def rewinding(generator: Generator) -> Callable[[], None]:
             return lambda: setattr(bits, "state", state)
 
 
+def defined(owner: type, name: str) -> Any:
+    """Return what a class itself defines under a name, and not what an access to it gives."""
+    return vars(owner).get(name)
+
+
 def referent(reference: weakref.ref[Any]) -> Any:
     """Return what a weak reference refers to."""
     return reference()

@@ -14,7 +14,7 @@ from .builtin_functions import BuiltinFunctions
 from .expressions import OPERATORS
 from .items import NONE, Dynamic, Instance, Item, Known, Mapping, Method, Outside, Scope, Sequence, Tensor
 from .library import CONTEXTS, find_in_class
-from .objects import LISTS, Raised
+from .objects import LISTS, Namespace, Raised
 from .source import Code
 
 MAX_ITERATIONS = 20_000
@@ -122,7 +122,7 @@ class Interpreter(BuiltinFunctions):
                 self.scope.variables.pop(target.id, None)
             elif isinstance(target, ast.Subscript):
                 holder = self.evaluate(target.value)
-                if not isinstance(holder, Mapping | Sequence) or holder.value is not None:
+                if not isinstance(holder, Mapping | Sequence) or holder.value is not None or holder.kind is Namespace:
                     raise self.refuse("unsupported_syntax", "deletes an item of an object from outside")
                 key = self.known(self.evaluate(target.slice))
                 del (holder.entries if isinstance(holder, Mapping) else holder.items)[key]

@@ -219,7 +219,11 @@ class TorchCalls(Draws):
         value = self.host.call(
             function, *map(self.host.nested, arguments), late=late, ambient=current_ambient(), keywords=nested
         )
-        return self.heap.add_tensor(made, value, self.here().name)
+        item = self.heap.add_tensor(made, value, self.here().name)
+        if self.walk.path is None:
+            self.walk.lift(made)
+            self._settle([])
+        return item
 
     # ---- after the unit ----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, display_name
-from twofold.capture.intercept import unheard, user_origin
+from twofold.capture.intercept import NO_KEYWORDS, unheard, user_origin
 from twofold.capture.placeholders import make_placeholder
 from twofold.capture.recorder import has_step_hooks
 from twofold.capture.trace import External, Slot, leaves, map_leaves
@@ -123,6 +123,14 @@ class Walk:
             if id(tensor) in self.slot_of or id(tensor) in self.graph.placeholders:
                 raise refuse("foreign_function", f"{target} reached PyTorch's dispatcher unannounced")
         return target(*arguments, **keywords)
+
+    def lift(self, made: torch.Tensor) -> None:
+        """Take note of a tensor of Python's data. That `from_numpy` makes one is heard by an operation alone."""
+        lift_fresh = torch.ops.aten.lift_fresh.default
+        for child in self.node.children:
+            if child.match(lift_fresh, (made,), NO_KEYWORDS, self.slots, self.feeds):
+                self._advance(child, lift_fresh, (made,), NO_KEYWORDS)
+                return
 
     def zero_grad(self, owner: Any, original: Callable[..., None], arguments: tuple[Any, ...], keywords: Any) -> None:
         """Answer `zero_grad`; see `Listener`."""

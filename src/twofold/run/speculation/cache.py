@@ -35,6 +35,8 @@ MAX_FAILED = 5
 """So many of the recent calls failed, and the function is not speculated on any more."""
 MAX_UNDONE = 3
 """So often a check undid launched work, in more than a tenth of the graph's calls, and it is not speculated on."""
+RELAXED: Final = frozenset({"value", "identity"})
+"""Kinds of assumptions about what lies at a place: where one fails, it is read anew from then on."""
 MAX_ASSUMPTIONS = 2_000
 """Assumptions kept for the report."""
 
@@ -117,14 +119,14 @@ class GraphCache:
         return True
 
     def _relax(self, failed: Assumption) -> None:
-        if failed.kind == "value" and failed.location not in self.relaxed:
+        if failed.kind in RELAXED and failed.location not in self.relaxed:
             self.relaxed.add(failed.location)
             self._account.decision(f"relaxed {failed.subject}: it was {failed.expected} and has changed")
             key = (failed.subject, failed.kind, failed.expected, failed.origin)
             self._past.setdefault(key, AssumptionCount()).relaxed = True
             self._drop(
                 lambda graph: any(
-                    one.kind == "value" and one.location == failed.location for one in graph.speculation.assumptions
+                    one.kind == failed.kind and one.location == failed.location for one in graph.speculation.assumptions
                 )
             )
 

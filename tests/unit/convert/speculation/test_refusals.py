@@ -189,7 +189,7 @@ RECURSIVE_CALLS: dict[str, tuple[str, Callable[[Recursion, torch.Tensor], Any]]]
     "call": ("foreign_function", lambda recursion, x: recursion.leaves(recursion.tree)),
     "map": ("foreign_function", lambda recursion, x: recursion.leaves.map([recursion.tree])),
     "key": ("foreign_function", lambda recursion, x: max([recursion.leaf, recursion.tree], key=recursion.leaves)),
-    "method": ("unsupported_object", lambda recursion, x: recursion.count(recursion.tree)),
+    "method": ("foreign_function", lambda recursion, x: recursion.count(recursion.tree)),
     "declared": ("foreign_function", lambda recursion, x: recursion.double(x)),
 }
 
