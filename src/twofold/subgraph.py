@@ -92,6 +92,17 @@ class SubGraphFunction(Recursive):
             counts.update(program.refusals)
         return dict(counts)
 
+    @property
+    def captured(self) -> dict[str, int]:
+        """How many batches replayed CUDA graphs and how many rooms were captured; why others were launched, how often.
+
+        Empty where there is no CUDA device.
+        """
+        counts: Counter[str] = Counter()
+        for _, program in self._programs:
+            counts.update(program.captures.counts)
+        return dict(counts)
+
     def show(self) -> str:
         """Return the function's SubGraph, and those it invokes, as text. Raises `NotConvertibleError`."""
         try:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twofold
-from twofold.run.recursion import execute, parts, schedule, sums
+from twofold.run.recursion import execute, parts, schedule
 
 from .recursive_programs import LABELS, PROGRAMS, WORDS, Recursion, Tree
 
@@ -34,10 +34,10 @@ def trees() -> st.SearchStrategy[Tree]:
 
 
 def step(recursion: Recursion, batch: list[Tree]) -> tuple[Any, list[torch.Tensor]]:
-    """Return the loss of a batch and the gradients of all parameters."""
+    """Return the loss of a batch, in which each tree weighs differently, and the gradients of all parameters."""
     for parameter in recursion.parameters:
         parameter.grad = None
-    loss = sum(recursion.call(tree) for tree in batch)
+    loss = sum(weight * recursion.call(tree) for weight, tree in enumerate(batch, 1))
     loss.backward()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in recursion.parameters]
     return loss.detach(), gradients
@@ -106,11 +106,10 @@ def gradients_overwritten(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def terms_of_other_trees(monkeypatch: pytest.MonkeyPatch) -> str:
-    def wrong(self: sums.Sums, tasks: list[int]) -> None:
-        self._count = len(tasks)
-        self._root = np.zeros(len(self._schedule.row), dtype=np.int64)
+    def wrong(self: schedule.Schedule, table: Any) -> Any:
+        return np.zeros(len(self.row), dtype=np.int64)
 
-    monkeypatch.setattr(sums.Sums, "_find_roots", wrong)
+    monkeypatch.setattr(schedule.Schedule, "_find_roots", wrong)
     return "binary_tree_lstm"
 
 

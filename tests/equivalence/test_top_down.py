@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twofold
-from twofold.run.recursion import autograd, batch, known, pieces
+from twofold.run.recursion import batch, known, pieces, requests
 
 from .recursive_programs import Tree
 from .test_recursion import assert_equal, double_precision, random_tree, step, trees  # noqa: F401 - a fixture
@@ -43,9 +43,9 @@ def test_blocks_are_batched_and_not_run_one_by_one(name: str, monkeypatch: pytes
     rows: list[int] = []
     original = batch.Run.forward
 
-    def forward(self: Any, requests: Any) -> Any:
+    def forward(self: Any) -> Any:
         rows.append(sum(run.rows for run in self._groups))
-        return original(self, requests)
+        return original(self)
 
     monkeypatch.setattr(batch.Run, "forward", forward)
     numbers = random.Random(3)
@@ -121,12 +121,12 @@ def rows_of_another_invocation(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def gradients_lost_between_waves(monkeypatch: pytest.MonkeyPatch) -> str:
-    original = autograd.Bundles.untied
+    original = requests.Bundles.untied
 
     def untied(self: Any, gradients: Any) -> Any:
         return original(self, [None if size else g for size, g in zip(self.sizes, gradients, strict=True)])
 
-    monkeypatch.setattr(autograd.Bundles, "untied", untied)
+    monkeypatch.setattr(requests.Bundles, "untied", untied)
     return "decided_by_the_parent"
 
 

@@ -1,17 +1,18 @@
 """CUDA graphs: capture what another executable launches, and replay it. The only file that captures.
 
 The record is captured, never the user's Python: libraries ask whether a capture is going on and take another path.
-All captures share one memory pool. That is sound because a unit's segments are always replayed in the order of
+All captures of units share one memory pool. That is sound because a unit's segments are always replayed in the order of
 their capture with no other unit between them, because whatever outlives a unit is held here or copied out, and because
 a launch on another stream than the last one waits for that.
+What `recording` captures has a pool of its own, because other graphs may be replayed between its parts.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -112,16 +113,7 @@ class CudaGraphExecutable:
     def _capture(self, inner: Executable) -> None:
         environment = dict(self._static)
         for index, segment in enumerate(self._program.segments):
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(_pool()[0], "thread_local")
-            try:
-                inner.launch(index, environment)
-            except BaseException as error:
-                _end_quietly(graph)
-                if isinstance(error, torch.OutOfMemoryError | KeyboardInterrupt):
-                    raise
-                raise CaptureFailed(str(error)) from error
-            graph.capture_end()
+            graph, _ = _captured(_pool()[0], functools.partial(inner.launch, index, environment))
             self._graphs.append((graph, segment.outputs))
         kept = {value for segment in self._program.segments for value in segment.outputs}
         self._static.update((value, environment[value]) for value in kept)
@@ -161,6 +153,50 @@ def _on_side_stream() -> Generator[None]:
     with torch.cuda.stream(_stream()):
         yield
     torch.cuda.synchronize()
+
+
+_T = TypeVar("_T")
+
+
+class Record(Protocol):
+    """Captures work: returns what repeats it in the same memory, and what it returned, which each repetition fills."""
+
+    def __call__(self, work: Callable[[], _T], /) -> tuple[Callable[[], object], _T]:
+        """Raise `CaptureFailed`, or `torch.OutOfMemoryError`."""
+        ...
+
+
+@contextmanager
+def recording(warm_up: Callable[[], object]) -> Generator[Record]:
+    """Give a `Record` for pieces of work that follow one another, all with one memory of their own.
+
+    `warm_up` is run before, for kernels that are loaded at their first launch.
+    """
+    with _on_side_stream():
+        warm_up()
+        torch.cuda.current_stream().synchronize()
+        pool = torch.cuda.graph_pool_handle()
+
+        def record(work: Callable[[], _T], /) -> tuple[Callable[[], object], _T]:
+            graph, made = _captured(pool, work)
+            return graph.replay, made
+
+        yield record
+
+
+def _captured(pool: Any, work: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
+    """Capture one piece of work. Raises `CaptureFailed`, or `torch.OutOfMemoryError`."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool, "thread_local")
+    try:
+        made = work()
+    except BaseException as error:
+        _end_quietly(graph)
+        if isinstance(error, torch.OutOfMemoryError | KeyboardInterrupt):
+            raise
+        raise CaptureFailed(str(error)) from error
+    graph.capture_end()
+    return graph, made
 
 
 def _end_quietly(graph: torch.cuda.CUDAGraph) -> None:

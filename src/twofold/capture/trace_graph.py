@@ -205,7 +205,7 @@ class TraceGraph:
         """
         leaves = self._leaves.values()  # all loops here are C's: this is done before each unit
         without_gradient = tuple(map(operator.is_, map(_grad, leaves), itertools.repeat(None)))
-        return (_switches(), without_gradient, tuple(map(_requires_grad, leaves)), *self._unhooked_states())
+        return (switches(), without_gradient, tuple(map(_requires_grad, leaves)), *self._unhooked_states())
 
     def _unhooked_states(self) -> tuple[tuple[bool, ...], ...]:
         """Return which leaves run no hooks, and none after accumulation.
@@ -240,8 +240,8 @@ class TraceGraph:
         plain = (True,) * (len(added) + len(frozen))
         without_gradient = (*(g.entry is None for g in added), *(leaf.grad is None for leaf in frozen))
         requiring = (*(True for _ in added), *(False for _ in frozen))
-        switches, *states = signature or (_switches(), (), (), (), ())
-        return (switches, *map(operator.add, states, (without_gradient, requiring, plain, plain)))
+        chosen, *states = signature or (switches(), (), (), (), ())
+        return (chosen, *map(operator.add, states, (without_gradient, requiring, plain, plain)))
 
     def merge(self, trace: Trace, signature: Signature) -> Path | None:
         """Add a trace of a unit that began so; return its path.
@@ -393,7 +393,8 @@ def _references(event: Event) -> list[Any]:
     return leaves((event.arguments, event.keywords), (Slot, External))
 
 
-def _switches() -> tuple[Any, ...]:
+def switches() -> tuple[Any, ...]:
+    """Return the switches of PyTorch that choose kernels."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

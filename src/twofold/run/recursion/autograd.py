@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,46 +11,34 @@ from torch.autograd.function import once_differentiable
 
 from twofold.run.placeholders import FREED_MESSAGE
 
-from .execute import Request, Run
+from .requests import Exits
 
 
-@dataclass(frozen=True)
-class Bundles:
-    """What leaves a batch, and as how many tensors: of `sizes[i]` requests, one with a row each; for None, of one."""
+class Computation(Protocol):
+    """A batch as it can be computed: a `Run`, or one that was captured. What it returns belongs to the caller."""
 
-    requests: Sequence[Request]
-    sizes: Sequence[int | None]
+    def forward(self) -> list[Tensor]:
+        """Compute all invocations; return the results that leave, rows for each `Leaving`."""
+        ...
 
-    @classmethod
-    def singly(cls, requests: Sequence[Request]) -> Bundles:
-        """Have each request be a tensor of its own."""
-        return cls(requests, [None] * len(requests))
+    def backward(self, gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
+        """Return the gradient of each parameter, by id, from those of the results that left."""
+        ...
 
-    def tied(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the tensors that leave from those of the requests."""
-        rest = iter(tensors)
-        return [next(rest) if size is None else torch.stack(list(itertools.islice(rest, size))) for size in self.sizes]
-
-    def untied(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return the gradients of the requested tensors from those of the tensors that left."""
-        found: list[Tensor | None] = []
-        for size, gradient in zip(self.sizes, gradients, strict=True):
-            if size is None:
-                found.append(gradient)
-            else:
-                found.extend([None] * size if gradient is None else gradient.unbind())
-        return found
+    def host_gradient(self, group: int, host: int) -> Tensor | None:
+        """Return the gradient of a column of host tensors, behind `backward`."""
+        ...
 
 
 class Recursion(torch.autograd.Function):
     """Tensors given: the parameters, then those columns of host values that require a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, bundles: Bundles, places: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.run, ctx.places, ctx.bundles = run, places, bundles
+    def forward(ctx: Any, run: Computation, exits: Exits, places: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.run, ctx.places, ctx.exits = run, places, exits
         ctx.save_for_backward(*tensors[: len(tensors) - len(places)])
         ctx.set_materialize_grads(False)
-        outputs = bundles.tied(run.forward(bundles.requests))
+        outputs = exits.outputs(run.forward())
         ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
         return tuple(outputs)
 
@@ -64,17 +50,17 @@ class Recursion(torch.autograd.Function):
         if ctx.run is None:
             raise RuntimeError(FREED_MESSAGE)
         parameters = ctx.saved_tensors
-        run: Run = ctx.run
+        run: Computation = ctx.run
         if not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
             ctx.run = None
-        found = run.backward(ctx.bundles.untied(gradients))
+        found = run.backward(ctx.exits.gradients(gradients))
         columns = [run.host_gradient(group, index) for group, index in ctx.places]
         return None, None, None, *(found.get(id(parameter)) for parameter in parameters), *columns
 
 
 def differentiable_run(
-    run: Run,
-    bundles: Bundles,
+    run: Computation,
+    exits: Exits,
     parameters: Sequence[Tensor],
     columns: Sequence[Sequence[Tensor]],
     differentiate: bool,
@@ -82,7 +68,7 @@ def differentiable_run(
     """Run a batch; the tensors returned carry autograd history if `differentiate`."""
     if not differentiate:
         with torch.no_grad():
-            return bundles.tied(run.forward(bundles.requests))
+            return exits.outputs(run.forward())
     places = [(g, i) for g, held in enumerate(columns) for i, column in enumerate(held) if column.requires_grad]
     sources = [columns[group][index] for group, index in places]
-    return Recursion.apply(run, bundles, places, *parameters, *sources)  # type: ignore[no-any-return]
+    return Recursion.apply(run, exits, places, *parameters, *sources)  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -12,13 +13,15 @@ from torch.utils import _pytree as pytree
 
 from twofold.errors import StaleError
 
-from .autograd import Bundles, differentiable_run
+from .autograd import differentiable_run
 from .blocks import RunnableBlock
+from .captured import Work, place
+from .captures import Captures
 from .deferred import PENDING, Deferred, fill
-from .execute import GroupRun, Request, Run
 from .factors import Table
 from .known import GivenPile, Known, make_part, needed_for, own, split_off
-from .prepare import SumBroken, Tables, column, stage_group
+from .prepare import Column, SumBroken, Tables, column, sample, stage_group
+from .requests import Bundles, Exits, Request
 from .schedule import Group, Pile, Schedule, make_schedule
 from .vectorize import Sample
 from .waves import Want
@@ -34,6 +37,7 @@ class Owner(Protocol):
     results: tuple[int, ...]
     refusals: dict[str, int]
     given: dict[Any, RunnableBlock]
+    captures: Captures
 
     def all_blocks(self) -> list[RunnableBlock]:
         """Return all blocks met so far, variants included."""
@@ -274,20 +278,27 @@ class Batch:
         schedule.requested = [request.task for request in bundles.requests]
         columns = [_columns(group, device) for group in schedule.groups]
         parameters = list({id(p): p for pile in piles for p in pile.block.parameters}.values())
-        differentiate = self._grad and (bool(parameters) or any(c.requires_grad for held in columns for c in held))
+        tensors = [column for held in columns for column in held if isinstance(column, Tensor)]
+        differentiate = self._grad and (bool(parameters) or any(tensor.requires_grad for tensor in tensors))
         while True:
             tables.update(self._program.all_blocks())
             try:
                 staged = [
-                    stage_group(group.block, held, tables, differentiate)
+                    stage_group(group.block, [sample(c, device, differentiate) for c in held], tables, differentiate)
                     for group, held in zip(schedule.groups, columns, strict=True)
                 ]
                 break
             except SumBroken as broken:
                 tables.not_summed.add(broken.table)
-        runs = [GroupRun.of(*parts) for parts in zip(schedule.groups, staged, columns, strict=True)]
-        run = Run(schedule, runs, tables.summed)
-        return differentiable_run(run, bundles, parameters, columns, differentiate), schedule
+        exits = Exits(bundles, schedule.leave(bundles.requests, tables.summed | tables.chained))
+        work = Work(schedule, staged, columns, tables.summed, differentiate)
+        lease = self._program.captures.lease(work)
+        if lease is not None:
+            return differentiable_run(lease, exits, parameters, [], differentiate), schedule
+        placed = [place(held, device) for held in columns]
+        return differentiable_run(
+            replace(work, columns=placed).run(), exits, parameters, placed, differentiate
+        ), schedule
 
 
 def _all_outputs(schedule: Schedule) -> Bundles:
@@ -301,14 +312,14 @@ def _all_outputs(schedule: Schedule) -> Bundles:
     return Bundles(requests, sizes)
 
 
-def _columns(group: Group, device: torch.device) -> list[Tensor]:
+def _columns(group: Group, device: torch.device) -> list[Column]:
     if not group.block.block.hosts:
         return []
     order = group.order.tolist()
     if isinstance(group.pile, GivenPile):
         return [group.pile.column(index, order, device) for index in range(group.block.block.hosts)]
     rows = [group.pile.hosts[position] for position in order]
-    return [column(values, device) for values in zip(*rows, strict=True)]
+    return [column(values) for values in zip(*rows, strict=True)]
 
 
 def one_by_one(piles: list[Pile], count: int, samples: dict[Table, Sample]) -> list[list[Any]]:

@@ -10,22 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .factors import Link, Table
 from .parts import Crossing, Role, Stage, StageCode, Staged
-from .schedule import Group, Schedule, Segment
+from .requests import Leaving
+from .schedule import Group, Named, Schedule, Segment, Use
 from .sums import Sums
-
-
-class Request(NamedTuple):
-    """A tensor that leaves the batch: an output of the block of one invocation, by its position."""
-
-    task: int
-    output: int
 
 
 @dataclass
@@ -93,24 +87,18 @@ class Run:
         self._summed = {table: Sums(schedule, table) for table in summed if table[0] in schedule.sizes}
         self._tables: dict[Table, Tensor] = {}
         self._gradients: dict[Table, Tensor] = {}
-        self._requests: Sequence[Request] = ()
-
-    def _table(self, run: GroupRun, output: int) -> Table:
-        """Return the table of a block's output."""
-        return run.function, run.group.block.block.results[output]
 
     # Forward.
 
-    def forward(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Compute all invocations and return the requested tensors."""
+    def forward(self) -> list[Tensor]:
+        """Compute all invocations; return the results that leave, rows for each `Leaving` of the schedule."""
         for run in self._groups:
             self._once(run, Stage.BEFORE)
             self._fill_tables(run)
         self._levels(Stage.LEVEL, self._schedule.levels)
         for run in self._groups:
             self._once(run, Stage.AFTER)
-        self._requests = requests
-        return self._requested(requests)
+        return [self._result(leaving) for leaving in self._schedule.leaving]
 
     def _once(self, run: GroupRun, stage: Stage) -> None:
         """Run a stage for all invocations of a block."""
@@ -149,7 +137,7 @@ class Run:
             case Role.PART:
                 return self._parts(run, what)
             case Role.CHILDREN:
-                return self._schedule.children(run.group, run.places(what))[1]
+                return self._schedule.children(run.group.number, run.places(what))
             case Role.TABLE:
                 same: Any = self._tables[what.table]
             case Role.GRADIENTS:
@@ -189,7 +177,7 @@ class Run:
             first, last = run.group.bounds
             apart = last - first != run.rows
             if crossing.source is not Stage.LEVEL and (apart or crossing not in run.staged.stages[Stage.BEFORE].kept):
-                table.index_copy_(0, self._schedule.index(run.group.rows), self._whole(run, crossing))
+                table.index_copy_(0, self._rows(run.group), self._whole(run, crossing))
 
     # Values, for all rows of a block or level by level.
 
@@ -207,7 +195,8 @@ class Run:
             return self._of_rows(self._gradients[run.tangents[name]], run.group)
         if name in run.staged.children:
             link = run.staged.children[name]
-            return self._tables[link.table].index_select(0, self._schedule.children(run.group, run.places(link))[0])
+            children = Named(Use.CHILDREN, run.places(link), run.group.number)
+            return self._tables[link.table].index_select(0, self._schedule.index(children))
         parts = run.parts[name]
         if crossing.dimension is not None:
             return torch.cat(list(parts), crossing.dimension)
@@ -217,7 +206,10 @@ class Run:
         first, last = group.bounds
         if last - first == len(group.tasks):
             return table[first:last]
-        return table.index_select(0, self._schedule.index(group.rows))
+        return table.index_select(0, self._rows(group))
+
+    def _rows(self, group: Group) -> Tensor:
+        return self._schedule.index(Named(Use.ROWS, None, group.number))
 
     def _parts(self, run: GroupRun, crossing: Crossing) -> Sequence[Any]:
         parts = run.parts.get(crossing.name)
@@ -233,30 +225,18 @@ class Run:
 
     # What leaves the batch.
 
-    def _places(self, requests: Sequence[Request]) -> dict[tuple[int, int], list[int]]:
-        """Return which requests ask for which output of which group."""
-        places: dict[tuple[int, int], list[int]] = {}
-        for number, request in enumerate(requests):
-            places.setdefault((int(self._schedule.group_of[request.task]), request.output), []).append(number)
-        return places
+    def _result(self, leaving: Leaving) -> Tensor:
+        if leaving in self._summed:
+            return self._summed[leaving].forward(self._terms(leaving))
+        index = self._schedule.index(Named(Use.LEAVING, leaving))
+        if leaving in self._tables:
+            return self._tables[leaving].index_select(0, index)
+        run, name = self._output(leaving)
+        return self._whole(run, run.staged.crossings[name]).index_select(0, index)
 
-    def _requested(self, requests: Sequence[Request]) -> list[Tensor]:
-        found: list[Tensor] = [torch.empty(0)] * len(requests)
-        for (group, output), numbers in self._places(requests).items():
-            run = self._groups[group]
-            table = self._table(run, output)
-            tasks = [requests[number].task for number in numbers]
-            if table in self._summed:
-                held = self._sums(table, tasks)
-            elif table in self._tables:
-                held = self._tables[table].index_select(0, self._schedule.index(self._schedule.row[tasks]))
-            else:
-                whole = self._whole(run, run.staged.crossings[run.staged.outputs[output]])
-                held = whole.index_select(0, self._schedule.index(self._schedule.place[tasks]))
-            rows: Any = torch.unbind_copy(held)
-            for number, row in zip(numbers, rows, strict=True):
-                found[number] = row
-        return found
+    def _output(self, leaving: Leaving) -> tuple[GroupRun, str]:
+        run = self._groups[leaving[0]]
+        return run, run.staged.outputs[leaving[1]]
 
     def _terms(self, table: Table) -> list[tuple[Group, Tensor]]:
         terms: list[tuple[Group, Tensor]] = []
@@ -266,13 +246,10 @@ class Run:
                 terms.append((run.group, self._whole(run, run.staged.crossings[name])))
         return terms
 
-    def _sums(self, table: Table, tasks: list[int]) -> Tensor:
-        return self._summed[table].forward(self._terms(table), tasks)
-
     # Backward.
 
     def backward(self, gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
-        """Return the gradient of each parameter, by id, from those of the requested tensors.."""
+        """Return the gradient of each parameter, by id, from those of the results that left."""
         self._take_tangents(gradients)
         for run in self._groups:
             self._once(run, Stage.TURN)
@@ -300,35 +277,36 @@ class Run:
                 run.whole.pop(name, None)
                 run.parts.pop(name, None)
         self._gradients = {table: torch.zeros_like(held) for table, held in self._tables.items()}
-        outside: dict[Table, Any] = {}
-        for (group, output), numbers in self._places(self._requests).items():
-            given = [number for number in numbers if gradients[number] is not None]
-            if not given:
+        outside: dict[Table, Tensor] = {}
+        for leaving, rows in zip(self._schedule.leaving, gradients, strict=True):
+            if rows is None:
                 continue
-            run, tasks = self._groups[group], [self._requests[number].task for number in given]
-            rows = torch.stack([gradients[number] for number in given])  # type: ignore[misc]
-            table = self._table(run, output)
-            if table in self._summed:
-                outside.setdefault(table, []).append((tasks, rows))
-            elif table in self._gradients:
-                self._gradients[table].index_add_(0, self._schedule.index(self._schedule.row[tasks]), rows)
+            if leaving in self._summed:
+                outside[leaving] = rows
+                continue
+            index = self._schedule.index(Named(Use.LEAVING, leaving))
+            if leaving in self._gradients:
+                self._gradients[leaving].index_add_(0, index, rows)
             else:
-                name = run.staged.tangents[output]
+                run, output = self._output(leaving)
+                name = run.staged.tangents[leaving[1]]
                 if name is not None:
                     tangent = run.whole.setdefault(name, self._no_gradient(run, output))
-                    tangent.index_add_(0, self._schedule.index(self._schedule.place[tasks]), rows)
+                    tangent.index_add_(0, index, rows)
         self._complete_tangents(outside)
 
-    def _complete_tangents(self, outside: dict[Table, Any]) -> None:
+    def _complete_tangents(self, outside: dict[Table, Tensor]) -> None:
         for run in self._groups:
-            for output, name in enumerate(run.staged.tangents):
+            for result, output, name in zip(
+                run.group.block.block.results, run.staged.outputs, run.staged.tangents, strict=True
+            ):
                 if name is None or name in run.whole or name in run.tangents:
                     continue
-                table = self._table(run, output)
+                table = run.function, result
                 if table in self._summed and table in outside:
                     run.whole[name] = self._summed[table].backward(outside[table], run.group)
                 else:
                     run.whole[name] = self._no_gradient(run, output)
 
-    def _no_gradient(self, run: GroupRun, output: int) -> Tensor:
-        return torch.zeros_like(self._whole(run, run.staged.crossings[run.staged.outputs[output]]))
+    def _no_gradient(self, run: GroupRun, output: str) -> Tensor:
+        return torch.zeros_like(self._whole(run, run.staged.crossings[output]))

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .factors import Link, Table
 
@@ -112,6 +112,8 @@ class Staged:
     """The tables through which invocations depend on one another level by level."""
     written: dict[int, Table]
     """Which outputs are written to which table."""
+    constants: list[Tensor]
+    """The tensors that it holds from outside."""
 
     @cached_property
     def backward(self) -> frozenset[str]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from .blocks import RunnableBlock
 from .factors import Table
 from .parts import Staged
-from .schedule import integers, upload
+from .schedule import integers
 from .stages import Cut, own_term
 from .vectorize import Joint, NotBatchableError, Sample, trace_joint
 
@@ -48,8 +49,12 @@ class Tables:
         self.chained = frozenset(taken - self.summed)
 
 
-def column(values: Sequence[Any], device: torch.device) -> Tensor:
-    """Make one tensor of the host values of all invocations, a row each. Raises `NotBatchableError`."""
+Column = Tensor | NDArray[Any]
+"""The host values of all invocations, a row each: numbers as an array on the host, tensors where they are."""
+
+
+def column(values: Sequence[Any]) -> Column:
+    """Make one column of host values. Raises `NotBatchableError`."""
     kinds = set(map(type, values))
     if any(issubclass(kind, Tensor) for kind in kinds):
         return _stacked(values)
@@ -61,7 +66,14 @@ def column(values: Sequence[Any], device: torch.device) -> Tensor:
         raise NotBatchableError(f"host values of several shapes, or too large: {error}") from None
     if held.dtype.kind not in "bif":
         raise NotBatchableError(f"host values of dtype {held.dtype}")
-    return upload(held, device)
+    return held
+
+
+def sample(held: Column, device: torch.device, differentiate: bool) -> Sample:
+    """Describe a row of a column that is to be on a device."""
+    if isinstance(held, Tensor):
+        return Sample(tuple(held.shape[1:]), held.dtype, held.device, held.requires_grad and differentiate)
+    return Sample(tuple(held.shape[1:]), torch.from_numpy(held[:0]).dtype, device, False)
 
 
 def _stacked(values: Sequence[Any]) -> Tensor:
@@ -73,11 +85,10 @@ def _stacked(values: Sequence[Any]) -> Tensor:
     return torch.stack(list(values))
 
 
-def stage_group(block: RunnableBlock, columns: Sequence[Tensor], tables: Tables, differentiate: bool) -> Staged:
+def stage_group(block: RunnableBlock, hosts: Sequence[Sample], tables: Tables, differentiate: bool) -> Staged:
     """Return the stages of a block for host values like these. Raises `NotBatchableError`."""
     if block.refusal is not None:
         raise NotBatchableError(block.refusal)
-    hosts = [Sample(tuple(c.shape[1:]), c.dtype, c.device, c.requires_grad and differentiate) for c in columns]
     operands = [tables.samples[o.callee, o.result].given(differentiate) for o in block.operands]
     flags = tuple(tensor.requires_grad for tensor in block.tensors)
     key = (*operands, *hosts, differentiate, flags)

@@ -27,6 +27,7 @@ from twofold.graph import Constant, Value
 
 from .batch import Batch, Pile
 from .blocks import RunnableBlock
+from .captures import Captures
 from .deferred import PENDING, defer
 from .pieces import Pieces
 from .prepare import Tables
@@ -53,6 +54,7 @@ class Program:
         self._tensors = list({id(tensor): tensor for tensor in held}.values())
         self.given: dict[Any, RunnableBlock] = {}
         """Blocks of invocations whose results are known."""
+        self.captures = Captures()
         self.pieces: dict[Any, RunnableBlock] = {}
         self.batch = Batch(self)
         self._planners = self._make_planners()

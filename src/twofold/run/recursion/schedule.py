@@ -11,6 +11,7 @@ import itertools
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +20,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .blocks import RunnableBlock
+from .factors import Table
+from .requests import Leaving, Request
 
 Index = NDArray[np.int64]
+
+
+class Use(Enum):
+    """What an index is for. What it says of is in the second place of a `Named`, if anything is."""
+
+    ROWS = "the rows of a block's invocations in the tables"
+    CHILDREN = "the rows of the invocations that each of a block's made, in turn: which of them"
+    ROOTS = "the number of the outermost call that each of a block's belongs to: Table"
+    LEAVING = "the rows of results that leave: Leaving"
+
+
+class Named(NamedTuple):
+    """An index that running a batch takes, by what it is for, so that it can be made anew for another batch."""
+
+    use: Use
+    what: Any
+    group: int = -1
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +72,7 @@ class Segment(NamedTuple):
 class Group:
     """All invocations of one block: their numbers, by level, and their rows in the tables of their function."""
 
+    number: int
     pile: Pile
     tasks: Index
     rows: Index
@@ -60,12 +81,17 @@ class Group:
     segments: list[Segment] = field(default_factory=list[Segment])
     child_rows: Index = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
     """i64[invocations made, invocations]: the rows of the invocations that each one made."""
-    children: dict[tuple[int, ...], Any] = field(default_factory=dict[tuple[int, ...], Any])
 
     @property
     def block(self) -> RunnableBlock:
         """The block that they run."""
         return self.pile.block
+
+    def places_of(self, table: Table) -> list[int]:
+        """Return which of the invocations that each one made have a result that is added to its own of this table."""
+        if self.block.function != table[0]:
+            return []
+        return [o.invocation for o in self.block.operands if (o.callee, o.result) == table]
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -89,20 +115,85 @@ class Schedule:
     """The invocations whose results leave the batch."""
     shared: bool
     """Whether results of one outermost call may be used by another."""
+    spare: int = 0
+    """How many rows of sums belong to no result that leaves."""
+    leaving: dict[Leaving, Index] = field(default_factory=dict[Leaving, Index])
+    """The invocations whose results leave, in the order in which these do."""
+    _uploaded: dict[Named, Tensor] = field(default_factory=dict[Named, Tensor])
+    _by_level: dict[Named, Sequence[Tensor]] = field(default_factory=dict[Named, Sequence[Tensor]])
     _once: dict[str, bool] = field(default_factory=dict[str, bool])
+    _roots: dict[Table, Index | None] = field(default_factory=dict[Table, Index | None])
 
-    def index(self, numbers: Index) -> Tensor:
-        """Return indices as a tensor on the device."""
-        return upload(numbers, self.device)
+    def leave(self, requests: Sequence[Request], tables: Iterable[Table]) -> list[list[int]]:
+        """Take note of what leaves; return the numbers of the requests that each of `leaving` answers.
 
-    def children(self, group: Group, places: tuple[int, ...]) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the rows of some of the invocations that each of a block's made, in turn: of all, and by level."""
-        known = group.children.get(places)
+        Results of these tables leave as rows of them.
+        """
+        found: dict[Leaving, list[int]] = {}
+        tabled = frozenset(tables)
+        for number, group in enumerate(self.group_of[[request.task for request in requests]].tolist()):
+            block, output = self.groups[group].block, requests[number].output
+            table = block.function, block.block.results[output]
+            found.setdefault(table if table in tabled else (group, output), []).append(number)
+        self.leaving = {
+            leaving: integers(requests[number].task for number in numbers) for leaving, numbers in found.items()
+        }
+        return list(found.values())
+
+    def count(self, leaving: Leaving) -> int:
+        """Return how many results leave there."""
+        return len(self.leaving.get(leaving, ()))
+
+    def index(self, named: Named) -> Tensor:
+        """Return an index as a tensor on the device."""
+        known = self._uploaded.get(named)
         if known is None:
-            whole = self.index(np.ascontiguousarray(group.child_rows[list(places)].T).reshape(-1))
-            sizes = [segment.rows * len(places) for segment in group.segments]
-            known = group.children[places] = whole, whole.split_with_sizes(sizes)
+            known = self._uploaded[named] = upload(self.numbers(named), self.device)
         return known
+
+    def numbers(self, named: Named) -> Index:
+        """Return an index."""
+        use, what, number = named
+        match use:
+            case Use.ROWS:
+                return self.groups[number].rows
+            case Use.CHILDREN:
+                return np.ascontiguousarray(self.groups[number].child_rows[list(what)].T).reshape(-1)
+            case Use.ROOTS:
+                roots = self.roots(what)
+                assert roots is not None
+                return roots[self.groups[number].tasks]
+            case Use.LEAVING:
+                return (self.row if type(what[0]) is str else self.place)[self.leaving[what]]
+
+    def children(self, group: int, places: tuple[int, ...]) -> Sequence[Tensor]:
+        """Return, by level, the rows of some of the invocations that each of a block's made, in turn."""
+        named = Named(Use.CHILDREN, places, group)
+        known = self._by_level.get(named)
+        if known is None:
+            sizes = [segment.rows * len(places) for segment in self.groups[group].segments]
+            known = self._by_level[named] = self.index(named).split_with_sizes(sizes)
+        return known
+
+    def roots(self, table: Table) -> Index | None:
+        """Return which of the results of a table that leave each invocation adds to, if it adds to that alone.
+
+        None where that cannot be said: a result is used twice, or by another outermost call, or not at all.
+        """
+        if table not in self._roots:
+            self._roots[table] = self._find_roots(table)
+        return self._roots[table]
+
+    def _find_roots(self, table: Table) -> Index | None:
+        """Find the outermost call of each invocation by the order in which they were made."""
+        function, tasks = table[0], self.leaving.get(table, _NONE)
+        if self.shared or set(self.sizes) != {function} or not self.taken_once(function):
+            return None
+        edges = sum(len(group.tasks) * len(group.places_of(table)) for group in self.groups)
+        if edges != len(self.row) - len(tasks):
+            return None
+        order = np.argsort(tasks)
+        return order[np.searchsorted(tasks[order], np.arange(len(self.row)))]
 
     def taken_once(self, function: str) -> bool:
         """Say whether each result of a function goes to one place at most: an invocation, or out of the batch."""
@@ -146,7 +237,7 @@ def make_schedule(
     for index, pile in enumerate(piles):
         numbers = order[group_of[order] == index]
         place[numbers] = np.arange(len(numbers))
-        group = Group(pile, numbers, row[numbers], position[numbers])
+        group = Group(index, pile, numbers, row[numbers], position[numbers])
         schedule.groups.append(group)
         _cut(schedule, index, group, level)
     _children(schedule)
@@ -173,12 +264,15 @@ def _children(schedule: Schedule) -> None:
             group.child_rows = schedule.row[numbers].T
 
 
+_NONE: Index = np.empty(0, dtype=np.int64)
+
+
 def integers(numbers: Iterable[int]) -> Index:
     """Make an array of Python integers, several times faster than NumPy does. Raises OverflowError."""
     return np.frombuffer(array("q", numbers), dtype=np.int64)
 
 
-def upload(numbers: Index, device: torch.device) -> Tensor:
+def upload(numbers: NDArray[Any], device: torch.device) -> Tensor:
     """Bring an array to a device without waiting for it."""
     held = torch.from_numpy(numbers)
     return held if device.type == "cpu" else held.pin_memory().to(device, non_blocking=True)

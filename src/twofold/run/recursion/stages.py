@@ -128,6 +128,7 @@ class Cut:
             {node.name: crossing for node, crossing in self.crossings.items()},
             chained,
             self.written,
+            list(joint.constants.values()),
         )
 
     def _rewrite(self, differentiate: bool) -> list[Link]:
