@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -14,7 +16,7 @@ from twofold.errors import StaleError
 
 from .autograd import Bundles, differentiable_run
 from .blocks import RunnableBlock
-from .deferred import PENDING, Deferred, fill
+from .deferred import PENDING, Deferred, defer, fill
 from .execute import GroupRun, Request, Run
 from .factors import Table
 from .known import GivenPile, Known, make_part, needed_for, own, split_off
@@ -33,6 +35,7 @@ class Owner(Protocol):
     tables: Tables
     results: tuple[int, ...]
     refusals: dict[str, int]
+    computed: Counter[str]
     given: dict[Any, RunnableBlock]
 
     def all_blocks(self) -> list[RunnableBlock]:
@@ -53,6 +56,8 @@ class Batch:
         self._levels: list[int] = []
         self._piles: dict[RunnableBlock, Pile] = {}
         self._wanted: list[tuple[Request, weakref.ref[Deferred]]] = []
+        self._keepers: dict[int, RunnableBlock] = {}
+        """The blocks of invocations of which the host keeps tensors."""
         self._versions: Sequence[int] = ()
         self._shared = False
         self._planning = 0
@@ -86,6 +91,7 @@ class Batch:
         del self._levels[mark:]
         self._known = {number: known for number, known in self._known.items() if number < mark}
         self._wanted = [wanted for wanted in self._wanted if wanted[0].task < mark]
+        self._keepers = {number: block for number, block in self._keepers.items() if number < mark}
 
     def pile(self, block: RunnableBlock) -> Pile:
         """Return where the invocations of a block wait."""
@@ -103,6 +109,8 @@ class Batch:
                 break
             if kind is Tensor or kind is torch.nn.Parameter:
                 self._held.append((host, host._version))
+            elif kind in _CHANGEABLE:
+                hosts = list(map(_as_it_is, hosts))
         if steering := pile.steering:
             pile = self.pile(pile.block.variant(hosts))
             hosts = [host for index, host in enumerate(hosts) if index not in steering]
@@ -117,6 +125,7 @@ class Batch:
         pile.invocations.append(invocations)
         pile.hosts.append(hosts)
         if kept:
+            self._keepers[number] = pile.block
             first = len(pile.block.block.results) - len(kept)
             for index, deferred in enumerate(kept):
                 self.want(pile.block, number, first + index, deferred)
@@ -145,10 +154,25 @@ class Batch:
         deferred.place = self, number, block.function, block.block.results[output]
         self._wanted.append((Request(number, output), weakref.ref(deferred)))
 
-    def want_result(self, number: int, output: int, deferred: Deferred) -> None:
-        """Have a deferred tensor filled in with a result of an invocation of the program's function."""
+    def result(self, number: int, output: int) -> Deferred:
+        """Return a result of an invocation of the program's function; what the host keeps of it is the same object."""
+        kept = self._kept(number, output)
+        if kept is not None:
+            return kept
+        deferred = defer()
         deferred.place = self, number, self._program.name, self._program.results[output]
         self._wanted.append((Request(number, output), weakref.ref(deferred)))
+        return deferred
+
+    def _kept(self, number: int, output: int) -> Deferred | None:
+        block = self._keepers.get(number)
+        if block is None:
+            return None
+        outputs = block.block.body.outputs
+        for request, reference in reversed(self._wanted):
+            if request.task == number and outputs[request.output] is outputs[output]:
+                return reference()
+        return None
 
     def fetch(self, wants: Sequence[Want]) -> list[Any]:
         """Compute what planners wait for, and all that it depends on; return the values, without history."""
@@ -209,7 +233,7 @@ class Batch:
     def _clear(self) -> None:
         self._levels.clear()
         self._shared = False
-        self._known, self._held = {}, []
+        self._known, self._held, self._keepers = {}, [], {}
         for pile in self._piles.values():
             pile.tasks, pile.invocations, pile.hosts = [], [], []
 
@@ -247,13 +271,17 @@ class Batch:
     def _batched(self, piles: list[Pile], together: Callable[[], _T], singly: Callable[[], _T]) -> _T:
         """Compute all at once if results are known well enough and it can be done; else one by one."""
         samples = self._program.tables.samples
+        count = sum(len(pile.tasks) for pile in piles)
         reason = None
         if all((pile.block.function, result) in samples for pile in piles for result in pile.block.block.results):
             try:
-                return together()
+                found = together()
+                self._program.computed["together"] += count
+                return found
             except Exception as error:  # noqa: BLE001 - one by one, an operation that fails is found with its line
                 reason = str(error) or type(error).__name__
         computed = singly()
+        self._program.computed["singly"] += count
         if reason is not None:
             self._program.refusals[reason] = self._program.refusals.get(reason, 0) + 1
         return computed
@@ -288,6 +316,16 @@ class Batch:
         runs = [GroupRun.of(*parts) for parts in zip(schedule.groups, staged, columns, strict=True)]
         run = Run(schedule, runs, tables.summed)
         return differentiable_run(run, bundles, parameters, columns, differentiate), schedule
+
+
+_CHANGEABLE = (list, tuple, np.ndarray)
+
+
+def _as_it_is(host: Any) -> Any:
+    """Return a copy of numbers that Python may change before they are computed with."""
+    if type(host) in (list, tuple):
+        return type(host)(map(_as_it_is, host))
+    return host.copy() if type(host) is np.ndarray else host
 
 
 def _all_outputs(schedule: Schedule) -> Bundles:
