@@ -28,7 +28,16 @@ from benchmarks.trees.level_batched import Plan, loss_by_autograd, loss_by_hand,
 
 Kind = Literal["forward", "train"]
 KINDS: tuple[Kind, ...] = ("forward", "train")
-NAMES = ("plain", "compiled_cell", "dynet", "level_autograd", "level_by_hand", "level_by_hand_cached", "twofold")
+NAMES = (
+    "plain",
+    "compiled_cell",
+    "dynet",
+    "level_autograd",
+    "level_by_hand",
+    "level_by_hand_cached",
+    "twofold",
+    "twofold_function",
+)
 
 LEARNING_RATE = 1e-4
 """Small, because losses are summed over all nodes, and rounds of measurement train on and on."""
@@ -63,23 +72,27 @@ def open_contender(
         with tempfile.TemporaryDirectory() as folder, DyNet(model, trees, Path(folder), dynet_python) as contender:
             yield contender
     else:
-        yield Torch(model, _loss_function(name, model), trees)
+        yield Torch(model, _loss_function(name, model), trees, twofold.function if name == "twofold_function" else None)
 
 
 class Torch:
     """A contender in this process, given by its loss of a batch: f32[] summed over all nodes."""
 
-    def __init__(self, model: TreeLSTM, loss: Callable[[Trees], Tensor], trees: Trees) -> None:
+    def __init__(self, model: TreeLSTM, loss: Callable[[Trees], Tensor], trees: Trees, decorate: Any = None) -> None:
+        """`decorate`: what stands before the step and the forward pass, whose source stays as it is."""
         self.version = f"torch {torch.__version__}"
         self.loss = loss
         self.trees = trees
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.SGD(self.parameters.values(), lr=LEARNING_RATE)
         self.batches: dict[range, Trees] = {}
+        self.train, self.forward = self._train, self._forward
+        if decorate is not None:
+            self.train, self.forward = decorate(self._train), decorate(self._forward)
 
     def seconds(self, kind: Kind, batches: list[range], passes: int = 1) -> float:
         chosen = [self._batch(batch) for batch in batches]
-        run = self._train if kind == "train" else self._forward
+        run = self.train if kind == "train" else self.forward
         synchronize()
         begin = time.perf_counter()
         for _ in range(passes):
@@ -112,7 +125,7 @@ class Torch:
 def _loss_function(name: str, model: TreeLSTM) -> Callable[[Trees], Tensor]:
     device = model.embedding.weight.device
     match name:
-        case "plain":
+        case "plain" | "twofold_function":
             return _summed(recursion(model))
         case "compiled_cell":
             torch.compiler.reset()  # Dynamo's limit on recompilation counts what earlier models compiled

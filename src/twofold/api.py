@@ -28,6 +28,7 @@ import torch
 from twofold.capture.intercept import (
     Interception,
     current_listener,
+    is_watched,
     observe_steps,
     saved_tensor_hooks_in_force,
 )
@@ -35,6 +36,7 @@ from twofold.capture.trace import Trace
 from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
 from twofold.errors import NotConvertibleError, OptionError
 from twofold.options import Options
+from twofold.plain_recursion import PlainRecursion
 from twofold.report import Report
 from twofold.run.account import Account
 from twofold.run.builder import Builder
@@ -78,6 +80,7 @@ class _Driver:
         self.runner = PythonRunner(self.graph, self.account, self._end_unit)
         self.interception = Interception(self.runner)
         self.speculator = Speculator(self.graph, self.account, options)
+        self.recursion: PlainRecursion | None = None
         self.between_units: Callable[[], None] | None = None
         """Called where a unit has ended and the program goes on."""
         self._mode = Mode.IDLE
@@ -132,6 +135,9 @@ class _Driver:
     def next_mode(self, root: PathNode) -> Mode:
         """Decide how the next unit runs, which begins at `root`."""
         if self.options.engine == "eager" or self._has_given_up():
+            return Mode.IDLE
+        if self.recursion is not None and self.recursion.takes_units:
+            self._likely = None
             return Mode.IDLE
         if saved_tensor_hooks_in_force():  # checkpointing counts what is saved
             self.account.fallback("tensor_hook", "hooks on saved tensors, of checkpointing perhaps, are in force")
@@ -191,6 +197,8 @@ class _Driver:
                 account.eager_calls += self._likely.call_count
                 if self._timing or not self.graph.has_accelerator:  # else the device may still be at work
                     self.builder.note_eager(self._likely, seconds)
+            elif self._mode is Mode.IDLE and self.recursion is not None and self.recursion.takes_units:
+                self.recursion.end_unit(seconds)
             account.span("python", "eager", int(self._began * 1e9), int((self._began + seconds) * 1e9))
         if self.between_units is not None:
             self.between_units()
@@ -210,6 +218,8 @@ class _Driver:
             raise NotConvertibleError(f"{self.account.name} stays eager: {refusal.reason} ({origin})")
 
     def _learn(self, trace: Trace, signature: Signature) -> None:
+        if self.recursion is not None and self.recursion.begin():
+            return
         if trace.refusal is not None:
             self._learn_refusal(trace, self.graph.root(signature))
             return
@@ -262,6 +272,8 @@ class _Driver:
             self.interception.stop()
         elif not self.interception.active:
             self.interception.start()
+        else:
+            self.interception.hear_operations()
 
 
 class Function(Generic[P, R]):
@@ -272,6 +284,8 @@ class Function(Generic[P, R]):
         self._options = options
         name = getattr(wrapped, "__qualname__", type(wrapped).__name__)
         self._driver = _Driver(name, options)
+        self._driver.recursion = PlainRecursion(self._driver.account, options, Function._run.__code__)
+        self._driver.runner.meets_recursion = self._meets_recursion
         self._lock = threading.Lock()
         self._steps_in_call = 0
         self._steps_per_call: int | None = None
@@ -282,9 +296,17 @@ class Function(Generic[P, R]):
         if not isinstance(wrapped, torch.nn.Module):
             functools.update_wrapper(self, wrapped)
 
+    def _meets_recursion(self) -> str | None:
+        """Say whether the code of the unit calls itself now; then nothing more of it is recorded."""
+        assert self._driver.recursion is not None
+        name = self._driver.recursion.meets()
+        if name is not None:
+            self._driver.interception.miss_operations()
+        return name
+
     def __call__(self, *arguments: P.args, **keywords: P.kwargs) -> R:
         """Call the wrapped function; results, effects and exceptions are those of eager execution."""
-        if current_listener() is not None:
+        if current_listener() is not None or is_watched():
             return self._wrapped(*arguments, **keywords)
         if not self._lock.acquire(blocking=False):
             self._driver.account.fallback("thread", "called while another thread was inside")
@@ -312,7 +334,9 @@ class Function(Generic[P, R]):
             return result
         mode = driver.start()
         if mode is Mode.IDLE:
-            result = self._wrapped(*arguments, **keywords)
+            assert driver.recursion is not None
+            with driver.recursion.unit():
+                result = self._wrapped(*arguments, **keywords)
             driver.end()
             return result
         driver.between_units = self._after_step
@@ -412,7 +436,7 @@ class Program:
         self._shares = False
 
     def __enter__(self) -> Program:
-        if current_listener() is not None:
+        if current_listener() is not None or is_watched():
             raise OptionError("twofold.program cannot be entered inside another unit: enter it outside")
         driver = self._driver
         self._shares = torch.cuda.is_available()
@@ -474,6 +498,8 @@ def report(of: Any) -> Report:
         raise OptionError(f"twofold.report needs what twofold.function or twofold.program returned, got {of!r:.60}")
     driver.account.compile_seconds = driver.builder.compile_seconds()
     driver.speculator.cache.describe()
+    if driver.recursion is not None:
+        driver.recursion.describe()
     _count_operations(driver)
     return Report(driver.account)
 

@@ -51,6 +51,7 @@ class Report:
             "graph_iterations": account.graph_iterations,
             "eager_iterations": account.eager_iterations,
             "traced_iterations": account.traced_iterations,
+            "batched_iterations": account.batched_iterations,
             "speculated_iterations": account.speculated_iterations,
             "misses": account.misses,
             "graph_calls": account.graph_calls,
@@ -90,6 +91,7 @@ class Report:
             }
             for (subject, kind, expected, origin), count in account.assumptions.items()
         ]
+        self._recursions = [dict(entry) for entry in account.recursions]
         self.generated: tuple[str, ...] = tuple(account.speculated)
         """The Python that runs in place of the function: one text for each speculated graph."""
         self._decisions: list[dict[str, Any]] = [
@@ -106,6 +108,7 @@ class Report:
             "fallbacks": [dict(entry) for entry in self._fallbacks],
             "refusals": [dict(entry) for entry in self._refusals],
             "assumptions": [dict(entry) for entry in self._assumptions],
+            "recursions": [dict(entry) for entry in self._recursions],
             "decisions": [dict(entry) for entry in self._decisions],
             "operations": [dict(entry) for entry in self._operations],
         }
@@ -144,6 +147,10 @@ class Report:
             shown = sorted(self._assumptions, key=lambda entry: (-entry["failed"], not entry["relaxed"]))
             yield f"\nAssumed, and checked in each call, those that failed first{_of(SHOWN_LINES, len(shown))}"
             yield from map(_assumption_line, shown[:SHOWN_LINES])
+        if self._recursions:
+            yield "\nRecursive functions"
+        for entry in self._recursions:
+            yield from _recursion_lines(entry)
         if self._decisions:
             yield "\nDecisions"
         for decision in self._decisions:
@@ -164,6 +171,7 @@ class Report:
             f"{numbers['iterations']:,} iterations: {numbers['graph_iterations']:,} as graphs,"
             f" {numbers['eager_iterations']:,} eager ({numbers['traced_iterations']:,} of these recorded)",
             *self._speculation(),
+            *self._recursion(),
             f"{numbers['graph_op_fraction']:.1%} of tensor calls ran in graphs"
             f" ({numbers['graph_calls']:,} of {calls:,})",
             f"{_count(numbers['paths'], 'path')} in {_count(numbers['segments'], 'segment')},"
@@ -179,6 +187,16 @@ class Report:
         return [
             f"{numbers['speculated_iterations']:,} iterations ran without their Python;"
             f" {_count(numbers['misses'], 'miss', 'es')}, {_count(len(self._assumptions), 'assumption')}"
+        ]
+
+    def _recursion(self) -> list[str]:
+        numbers = self._numbers
+        if not numbers["batched_iterations"]:
+            return []
+        together = sum(entry["together"] for entry in self._recursions)
+        return [
+            f"{numbers['batched_iterations']:,} of the eager iterations ran their recursion batched:"
+            f" {_count(together, 'invocation')}"
         ]
 
     def to_html(self, path: str | Path) -> None:
@@ -278,6 +296,15 @@ def _entry_lines(entry: dict[str, Any], what: str) -> Iterator[str]:
 def _assumption_line(entry: dict[str, Any]) -> str:
     fared = f"failed {entry['failed']:,} of {entry['checked']:,}{', read anew since' if entry['relaxed'] else ''}"
     return f"  {entry['subject']}: {entry['kind']} {entry['expected']} ({fared}; {entry['origin'] or 'no origin'})"
+
+
+def _recursion_lines(entry: dict[str, Any]) -> Iterator[str]:
+    yield f"  {entry['function']}: {entry['together']:,} invocations batched, {entry['singly']:,} singly"
+    yield f"            at {entry['origin']}"
+    for block in entry["blocks"]:
+        yield f"            {block['name']}: {'batched' if block['together'] else block['reason']}"
+    for reason, count in entry["unbatched"].items():
+        yield f"  {count:>6,} x  one by one: {reason}"
 
 
 def _table(lines: list[SourceLine]) -> Iterator[str]:

@@ -14,12 +14,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from twofold.capture.intercept import heard_by_listener_alone, modes_taken_off, unwatch
+from twofold.capture.intercept import heard_by_listener_alone, modes_taken_off, unwatch, unwatched
 from twofold.convert.from_source import Converted, Outer, Recursive, Refusal, Refused, Slices, convert, slice_graph
 from twofold.errors import NotConvertibleError
 from twofold.graph import show
 from twofold.options import Options
-from twofold.run.recursion import AbandonedError, Program, flush_before_steps
+from twofold.run.recursion import AbandonedError, Program, changed, flush_before_unheard_code
 
 MOST_PROGRAMS = 8
 """States of the outside world (modules in training or evaluation, callees) that programs are kept for."""
@@ -32,7 +32,7 @@ class SubGraphFunction(Recursive):
         super().__init__(function, receiver)
         functools.update_wrapper(self, function)
         self._strict = strict
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)
         parameters = list(signature.parameters.values())
         self._signature = signature if receiver is None else signature.replace(parameters=parameters[1:])
         self._bound: WeakKeyDictionary[Any, SubGraphFunction] = WeakKeyDictionary()
@@ -40,6 +40,7 @@ class SubGraphFunction(Recursive):
         self._eager = Options.make().engine == "eager"
         self._thread = threading.get_ident()
         self._varying: frozenset[tuple[Any, ...]] = frozenset()
+        flush_before_unheard_code()
         self.refusal: Refusal | None = None
         """Why calls run as plain Python; None if they do not."""
 
@@ -67,7 +68,8 @@ class SubGraphFunction(Recursive):
         program = self._usable()
         if program is not None:
             try:
-                return program.call([self._positional(*call) for call in calls])
+                with unwatched():
+                    return program.call([self._positional(*call) for call in calls])
             except AbandonedError:
                 with _plainly():
                     return self._call_plainly(calls)
@@ -88,7 +90,7 @@ class SubGraphFunction(Recursive):
     def unbatched(self) -> dict[str, int]:
         """Why invocations ran one at a time, beside the first ones of each kind, and in how many batches."""
         counts: Counter[str] = Counter()
-        for _, program in self._programs:
+        for program in self.programs:
             counts.update(program.refusals)
         return dict(counts)
 
@@ -110,20 +112,28 @@ class SubGraphFunction(Recursive):
         except Refused as refused:
             raise NotConvertibleError(str(refused.refusal)) from None
 
+    def check(self, converted: Converted, slices: Slices) -> None:
+        """Raise `Refused` for what converts and shall run as plain Python nevertheless."""
+
+    @property
+    def programs(self) -> list[Program]:
+        """The programs in use, one for each state of the outside world."""
+        return [program for _, program in self._programs]
+
     def _usable(self) -> Program | None:
         """Return the program that the call may run by; None if it has to be plain Python."""
         if self.refusal is not None or self._eager or _plain.calls or self._thread != threading.get_ident():
             return None
         if not _watched():
-            return self._ready()
-        if not heard_by_listener_alone() or _changed():
+            return self.ready()
+        if not heard_by_listener_alone() or changed():
             return None
         with modes_taken_off():
-            program = self._ready()
+            program = self.ready()
         reason = f"{self.function.__name__} is recursive, and runs batched"
         return program if program is not None and unwatch("recursion", reason) else None
 
-    def _ready(self) -> Program | None:
+    def ready(self) -> Program | None:
         """Return the program for the outside world as it is; None if the function is refused."""
         for world, program in self._programs:
             if world.holds():
@@ -133,12 +143,12 @@ class SubGraphFunction(Recursive):
         try:
             converted = convert(self)
             slices = slice_graph(converted, self._varying)
+            self.check(converted, slices)
         except Refused as refused:
             self.refusal = refused.refusal
             if self._strict:
                 raise NotConvertibleError(str(refused.refusal)) from None
             return None
-        flush_before_steps()
         program = Program(converted, slices)
         self._programs = [*self._programs[1 - MOST_PROGRAMS :], (_World(converted, slices), program)]
         return program
@@ -167,12 +177,13 @@ class _World:
 
     def _read_state(self) -> list[Any]:
         """Read what all modules are like. Each names its own, so that one put in another's place is noticed."""
-        state: list[Any] = []
+        state: list[Any] = [torch.get_default_dtype()]
         for part in self._modules:
             state.append(part.training)
             state.extend(map(id, part._parameters.values()))
             state.extend(map(id, part._modules.values()))
-            state.append(len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks))
+            state.append(len(part._forward_hooks) + len(part._forward_pre_hooks))
+            state.append(len(part._backward_hooks) + len(part._backward_pre_hooks))
         return state
 
 
@@ -195,6 +206,11 @@ class _Plain(threading.local):
 _plain = _Plain()
 
 
+def runs_plainly() -> bool:
+    """Whether a call in progress in this thread is to run as plain Python, with all that it calls."""
+    return bool(_plain.calls)
+
+
 @contextmanager
 def _plainly() -> Generator[None]:
     _plain.calls += 1
@@ -206,14 +222,7 @@ def _plainly() -> Generator[None]:
 
 def _watched() -> bool:
     """Say whether something wants to see each operation, or changes what it does: then calls run as plain Python."""
-    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or _changed())
-
-
-def _changed() -> bool:
-    """Say whether operations do something else than usual in this thread."""
-    return bool(
-        torch._C._is_any_autocast_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling()
-    )
+    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or changed())
 
 
 @overload

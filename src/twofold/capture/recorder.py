@@ -54,11 +54,13 @@ class Recorder:
         host_device_only: bool,
         host_sites: frozenset[tuple[Any, Origin | None]],
         number_sites: frozenset[tuple[Any, Origin | None]] = frozenset(),
+        meets_recursion: Callable[[], str | None] | None = None,
     ) -> None:
         """Start with nothing seen.
 
         `host_device_only`: the program computes on an accelerator, so calls on CPU tensors alone are Python's.
         `host_sites`: calls (function, line) that Python keeps doing, because their arguments never repeat.
+        `meets_recursion`: says which function it is if the running code calls itself, which no record can follow.
         `number_sites`: calls whose number is fed as a tensor, because it never repeats.
         """
         self._writer = TraceWriter()
@@ -70,6 +72,7 @@ class Recorder:
         self._leave_cpu_to_python = host_device_only
         self._host_sites = host_sites
         self._number_sites = number_sites
+        self._meets_recursion = meets_recursion
         self._announced = 0
         self._asked = False
         """Whether an operation of the call going on has answered with a number from a tensor."""
@@ -105,6 +108,9 @@ class Recorder:
         origin: Origin | None,
     ) -> Any:
         """Run `function` and append it as an event, unless it turns out to be Python's own business."""
+        if self._meets_recursion is not None and (name := self._meets_recursion()) is not None:
+            self.refuse("recursion", f"{name} calls itself", origin)
+            return function(*arguments, **keywords)
         number = self._fed_number(function, arguments, keywords, origin)
         if number is not None:
             arguments = (arguments[0], number)

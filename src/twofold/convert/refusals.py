@@ -18,6 +18,7 @@ HINTS: dict[str, str] = {
     "module_hook": "Remove the hook, or call the operations of the module's forward directly.",
     "random": "Switch the module to evaluation mode; batched execution cannot draw eager's random numbers in order.",
     "inconsistent_results": "Return as many results from every return statement.",
+    "kept_tensor": "Keep each tensor once, in the call that computes it; else use twofold.subgraph.",
     "result_structure": "Return tensors, and tuples, dicts and dataclasses of these written in the return statement.",
     "no_graph": "Nothing to do: the path has no graph yet, or is another than the one recorded.",
     "foreign_function": "Move the call out of the function, or hand in what it returns as an argument.",

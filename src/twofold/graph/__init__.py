@@ -7,7 +7,7 @@ devices.
 
 from .ambient import AmbientSwitch, ambient_context, current_ambient
 from .build import GraphBuilder, SubGraphBuilder
-from .effects import effectful_subgraphs, has_effect
+from .effects import call_has_effect, effectful_subgraphs, has_effect
 from .equivalence import equivalent
 from .interpret import AssertionFailed, Environment, evaluate, interpret, run_node
 from .ir import (
@@ -61,6 +61,7 @@ __all__ = [
     "Value",
     "all_nodes",
     "ambient_context",
+    "call_has_effect",
     "current_ambient",
     "describe",
     "effectful_subgraphs",

@@ -6,7 +6,7 @@ attributes, items), nor is an exception that a dead operation would have raised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -61,7 +61,7 @@ def has_effect(node: Node, effectful: Container[str] | None = None) -> bool:
         return effectful is None or str(node.target) in effectful
     if node.subgraphs:
         return any(has_effect(inner, effectful) for body in node.subgraphs for inner in body.nodes)
-    return _call_has_effect(node)
+    return call_has_effect(node.target, node.arguments, dict(node.keywords))
 
 
 def effectful_subgraphs(graph: Graph) -> frozenset[str]:
@@ -82,9 +82,8 @@ def _body_has_effect(body: SubGraph, effectful: Container[str]) -> bool:
     return any(has_effect(node, effectful) for node in all_nodes(body))
 
 
-def _call_has_effect(node: Node) -> bool:
-    target: Any = node.target
-    keywords = dict(node.keywords)
+def call_has_effect(target: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
+    """Say whether a call can be noticed other than through its result; unknown callables can."""
     if keywords.get("out") is not None or keywords.get("inplace", False) is not False:
         return True
     if target_has_effect(target):
@@ -92,9 +91,9 @@ def _call_has_effect(node: Node) -> bool:
     name = getattr(target, "__name__", "")
     if name in _RENORMALISING:
         position = _RENORMALISING[name]
-        return keywords.get("max_norm") is not None or any(a is not None for a in node.arguments[position:])
+        return keywords.get("max_norm") is not None or any(a is not None for a in arguments[position:])
     place = _inplace_position(target)
-    return place is not None and place < len(node.arguments) and node.arguments[place] is not False
+    return place is not None and place < len(arguments) and arguments[place] is not False
 
 
 def target_has_effect(target: Callable[..., Any]) -> bool:

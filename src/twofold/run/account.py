@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 Lane = Literal["python", "graph"]
 Where = Literal["graph", "python", "eager"]
@@ -100,6 +100,11 @@ class Account:
         """By subject, kind and what was expected; set when a report is made."""
         self.speculated: list[str] = []
         """The Python that stands for the function, one text for each graph, likewise."""
+
+        self.batched_iterations = 0
+        """Those of ``eager_iterations`` in which invocations of recursive functions ran batched."""
+        self.recursions: list[dict[str, Any]] = []
+        """What ran of each recursive function that nobody decorated; set when a report is made."""
 
         self.segments = 0
         self.paths = 0

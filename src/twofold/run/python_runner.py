@@ -52,6 +52,8 @@ class PythonRunner:
         self._unit = FollowedUnit(graph, account)
         self._stepping: Optimizer | None = None
         self._watch: Watch | None = None
+        self.meets_recursion: Callable[[], str | None] | None = None
+        """Asked at each call of a unit that is recorded; see `Recorder`."""
 
     # ---- units -------------------------------------------------------------------------------------------
 
@@ -68,7 +70,8 @@ class PythonRunner:
             self._recorder = self._make_recorder()
 
     def _make_recorder(self) -> Recorder:
-        return Recorder(self.graph.has_accelerator, self.graph.host_sites, self.graph.number_sites)
+        graph = self.graph
+        return Recorder(graph.has_accelerator, graph.host_sites, graph.number_sites, self.meets_recursion)
 
     @property
     def in_unit(self) -> bool:

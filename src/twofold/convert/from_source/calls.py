@@ -25,6 +25,9 @@ from .scope import UNDEFINED, Record, rebuild
 class Outside(Protocol):
     """What bodies need of the graph that they belong to."""
 
+    known: Callable[[Any], Recursive | None]
+    """Return what is called as a recursive function, if it is one."""
+
     def declare(self, recursive: Recursive) -> Function:
         """Declare the SubGraph of a function; its body is converted later."""
         ...
@@ -83,6 +86,10 @@ class Calls(Expressions):
     def whole(self, statements: Sequence[ast.stmt]) -> Any:
         """Convert statements up to the end of the function; return what they return."""
 
+    def recursive(self, target: Any) -> Recursive | None:
+        """Return something as a recursive function, if it is one."""
+        return self._converter.known(target)
+
     def invoke(self, at: ast.AST, target: Recursive, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         """Convert a call of a recursive function."""
         callee = self._converter.declare(target)
@@ -128,6 +135,9 @@ class Calls(Expressions):
 
     def inline(self, at: ast.AST, callee: Outer, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         """Convert a call of a Python function by its source; what has none is called by the host."""
+        recursive = self.recursive(callee.object)
+        if recursive is not None:
+            return self.invoke(at, recursive, arguments, keywords)
         mark = self._at.mark()
         try:
             return self._inlined(at, callee, arguments, keywords)
@@ -200,7 +210,7 @@ class Calls(Expressions):
         names: list[str] = []
         for name in names_read(node):
             outer = None if name in self.variables else self.source.outer(name)
-            if outer is not None and isinstance(outer.object, Recursive):
+            if outer is not None and self.recursive(outer.object) is not None:
                 raise self.source.refuse("unsupported_syntax", "a recursive call inside try or lambda", node)
             if self.variables.get(name, UNDEFINED) is not UNDEFINED or (name in free and name not in self.variables):
                 names.append(name)

@@ -38,7 +38,7 @@ class Converted:
 
 def convert(recursive: Recursive) -> Converted:
     """Convert a function and all recursive functions that it reaches. Raises `Refused`."""
-    converter = Converter()
+    converter = Converter(recursive.known)
     entry = converter.declare(recursive)
     return converter.finish(entry)
 
@@ -46,7 +46,9 @@ def convert(recursive: Recursive) -> Converted:
 class Converter:
     """Holds what the bodies of one graph share."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Callable[[Any], Recursive | None]) -> None:
+        """`known` returns what is called as a recursive function, if it is one."""
+        self.known = known
         self._builder = GraphBuilder("recursion")
         self._functions: dict[tuple[int, int], Function] = {}
         self._builders: dict[str, SubGraphBuilder] = {}

@@ -103,6 +103,10 @@ class Expressions(ABC):
         """Convert a list comprehension."""
 
     @abstractmethod
+    def recursive(self, target: Any) -> Recursive | None:
+        """Return something as a recursive function, if it is one."""
+
+    @abstractmethod
     def invoke(self, at: ast.AST, target: Recursive, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         """Convert a call of a recursive function."""
 
@@ -304,7 +308,7 @@ class Expressions(ABC):
         holder = self.convert(node.value)
         if isinstance(holder, Outer) and isinstance(holder.object, STATIC_HOLDERS):
             return self.attribute(holder, node.attr, node)
-        if isinstance(holder, Outer) and isinstance(getattr(type(holder.object), node.attr, None), Recursive):
+        if isinstance(holder, Outer) and self.recursive(getattr(type(holder.object), node.attr, None)) is not None:
             return holder.attribute(node.attr)
         return holder, node.attr
 
@@ -318,8 +322,9 @@ class Expressions(ABC):
         self.assume(callee)
         if record_keys(target) is not None:
             return self.record(node, callee, arguments, keywords)
-        if isinstance(target, Recursive):
-            return self.invoke(node, target, arguments, keywords)
+        recursive = self.recursive(target)
+        if recursive is not None:
+            return self.invoke(node, recursive, arguments, keywords)
         if target in (tuple, list) and len(arguments) == 1 and type(arguments[0]) is tuple:
             return arguments[0] if target is tuple else list(arguments[0])
         if isinstance(target, torch.nn.Module):

@@ -13,11 +13,12 @@ from types import FunctionType
 from typing import Any
 
 from twofold.convert.refusals import Refusal, Refused
+from twofold.convert.speculation.source import Code
 from twofold.graph import Origin
 
 
 class Recursive:
-    """A function decorated for recursion: what conversion needs to know of it, wherever it meets one."""
+    """A function that is to become a SubGraph: what conversion needs to know of it, wherever it meets one."""
 
     def __init__(self, function: Callable[..., Any], receiver: object = None) -> None:
         self.function = function
@@ -27,6 +28,10 @@ class Recursive:
     def identity(self) -> tuple[int, int]:
         """Equal for two objects that stand for the same function bound to the same receiver."""
         return id(self.function), id(self.receiver)
+
+    def known(self, target: Any) -> Recursive | None:
+        """Return what a body that belongs to it calls as a recursive function, if it is one."""
+        return target if isinstance(target, Recursive) else None
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,16 @@ class Source:
         name = getattr(function, "__qualname__", type(function).__qualname__)
         if not isinstance(function, FunctionType):
             raise Refused(Refusal("no_source", f"{name} is not a Python function"))
+        Code.of(function)  # the file says what runs
         try:
-            lines, first = inspect.getsourcelines(function)
+            lines, first = inspect.getsourcelines(function.__code__)  # not of what it wraps
             tree = ast.parse(textwrap.dedent("".join(lines)))
         except (OSError, TypeError, SyntaxError) as error:
             raise Refused(Refusal("no_source", f"the source of {name} cannot be read: {error}")) from None
         definition = tree.body[0] if tree.body else None
         if not isinstance(definition, ast.FunctionDef):
             raise Refused(Refusal("no_source", f"{name} is not defined by def"))
-        return cls(function, definition, inspect.getsourcefile(function) or "?", first, lines)
+        return cls(function, definition, inspect.getsourcefile(function.__code__) or "?", first, lines)
 
     def origin(self, node: ast.AST) -> Origin:
         """Return the place in the file that a piece of syntax comes from."""
@@ -91,7 +97,7 @@ class Source:
     @cached_property
     def signature(self) -> inspect.Signature:
         """The function's parameters."""
-        return inspect.signature(self.function)
+        return inspect.signature(self.function, follow_wrapped=False)
 
     def assignments(self, name: str) -> int:
         """Return in how many places a variable is given a value, parameters counted."""

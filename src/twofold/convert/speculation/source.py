@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import CellType, CodeType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from twofold.convert.refusals import Refusal, Refused
 from twofold.graph import Origin
@@ -31,7 +32,7 @@ class Code:
     @classmethod
     def of(cls, function: FunctionType) -> Code:
         """Read a function's source. Raises `Refused` where there is none."""
-        code = function.__code__
+        code = _originals.get(function.__code__, function.__code__)
         definition = _definition(code)
         if definition is None:
             raise Refused(Refusal("no_source", f"the source of {function.__qualname__} cannot be read"))
@@ -89,6 +90,14 @@ class Code:
         listed += [extra for extra in (arguments.vararg, arguments.kwarg) if extra is not None]
         bound = {argument.arg for argument in listed} | set(_bound(self.body))
         return frozenset(bound - self.declared.keys())
+
+
+_originals: WeakKeyDictionary[CodeType, CodeType] = WeakKeyDictionary()
+
+
+def stands_for(code: CodeType, original: CodeType) -> None:
+    """Have a function that was given other code be read as what it was."""
+    _originals[code] = original
 
 
 def _own_nodes(body: list[ast.stmt]) -> Iterator[ast.AST]:

@@ -1,6 +1,6 @@
 """Recursive SubGraphs at run time: calls are planned at once and computed together when a value is needed."""
 
-from .deferred import PENDING, Deferred, flush_before_steps
+from .deferred import PENDING, Deferred, changed, flush_before_unheard_code
 from .program import AbandonedError, Program
 
-__all__ = ["PENDING", "AbandonedError", "Deferred", "Program", "flush_before_steps"]
+__all__ = ["PENDING", "AbandonedError", "Deferred", "Program", "changed", "flush_before_unheard_code"]

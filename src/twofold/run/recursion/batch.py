@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -17,7 +19,7 @@ from .autograd import differentiable_run
 from .blocks import RunnableBlock
 from .captured import Work, place
 from .captures import Captures
-from .deferred import PENDING, Deferred, fill
+from .deferred import PENDING, Deferred, defer, fill
 from .factors import Table
 from .known import GivenPile, Known, make_part, needed_for, own, split_off
 from .prepare import Column, SumBroken, Tables, column, sample, stage_group
@@ -36,6 +38,7 @@ class Owner(Protocol):
     tables: Tables
     results: tuple[int, ...]
     refusals: dict[str, int]
+    computed: Counter[str]
     given: dict[Any, RunnableBlock]
     captures: Captures
 
@@ -57,6 +60,8 @@ class Batch:
         self._levels: list[int] = []
         self._piles: dict[RunnableBlock, Pile] = {}
         self._wanted: list[tuple[Request, weakref.ref[Deferred]]] = []
+        self._keepers: dict[int, RunnableBlock] = {}
+        """The blocks of invocations of which the host keeps tensors."""
         self._versions: Sequence[int] = ()
         self._shared = False
         self._planning = 0
@@ -90,6 +95,7 @@ class Batch:
         del self._levels[mark:]
         self._known = {number: known for number, known in self._known.items() if number < mark}
         self._wanted = [wanted for wanted in self._wanted if wanted[0].task < mark]
+        self._keepers = {number: block for number, block in self._keepers.items() if number < mark}
 
     def pile(self, block: RunnableBlock) -> Pile:
         """Return where the invocations of a block wait."""
@@ -107,6 +113,8 @@ class Batch:
                 break
             if kind is Tensor or kind is torch.nn.Parameter:
                 self._held.append((host, host._version))
+            elif kind in _CHANGEABLE:
+                hosts = list(map(_as_it_is, hosts))
         if steering := pile.steering:
             pile = self.pile(pile.block.variant(hosts))
             hosts = [host for index, host in enumerate(hosts) if index not in steering]
@@ -121,6 +129,7 @@ class Batch:
         pile.invocations.append(invocations)
         pile.hosts.append(hosts)
         if kept:
+            self._keepers[number] = pile.block
             first = len(pile.block.block.results) - len(kept)
             for index, deferred in enumerate(kept):
                 self.want(pile.block, number, first + index, deferred)
@@ -149,10 +158,25 @@ class Batch:
         deferred.place = self, number, block.function, block.block.results[output]
         self._wanted.append((Request(number, output), weakref.ref(deferred)))
 
-    def want_result(self, number: int, output: int, deferred: Deferred) -> None:
-        """Have a deferred tensor filled in with a result of an invocation of the program's function."""
+    def result(self, number: int, output: int) -> Deferred:
+        """Return a result of an invocation of the program's function; what the host keeps of it is the same object."""
+        kept = self._kept(number, output)
+        if kept is not None:
+            return kept
+        deferred = defer()
         deferred.place = self, number, self._program.name, self._program.results[output]
         self._wanted.append((Request(number, output), weakref.ref(deferred)))
+        return deferred
+
+    def _kept(self, number: int, output: int) -> Deferred | None:
+        block = self._keepers.get(number)
+        if block is None:
+            return None
+        outputs = block.block.body.outputs
+        for request, reference in reversed(self._wanted):
+            if request.task == number and outputs[request.output] is outputs[output]:
+                return reference()
+        return None
 
     def fetch(self, wants: Sequence[Want]) -> list[Any]:
         """Compute what planners wait for, and all that it depends on; return the values, without history."""
@@ -213,7 +237,7 @@ class Batch:
     def _clear(self) -> None:
         self._levels.clear()
         self._shared = False
-        self._known, self._held = {}, []
+        self._known, self._held, self._keepers = {}, [], {}
         for pile in self._piles.values():
             pile.tasks, pile.invocations, pile.hosts = [], [], []
 
@@ -251,13 +275,17 @@ class Batch:
     def _batched(self, piles: list[Pile], together: Callable[[], _T], singly: Callable[[], _T]) -> _T:
         """Compute all at once if results are known well enough and it can be done; else one by one."""
         samples = self._program.tables.samples
+        count = sum(len(pile.tasks) for pile in piles)
         reason = None
         if all((pile.block.function, result) in samples for pile in piles for result in pile.block.block.results):
             try:
-                return together()
+                found = together()
+                self._program.computed["together"] += count
+                return found
             except Exception as error:  # noqa: BLE001 - one by one, an operation that fails is found with its line
                 reason = str(error) or type(error).__name__
         computed = singly()
+        self._program.computed["singly"] += count
         if reason is not None:
             self._program.refusals[reason] = self._program.refusals.get(reason, 0) + 1
         return computed
@@ -299,6 +327,16 @@ class Batch:
         return differentiable_run(
             replace(work, columns=placed).run(), exits, parameters, placed, differentiate
         ), schedule
+
+
+_CHANGEABLE = (list, tuple, np.ndarray)
+
+
+def _as_it_is(host: Any) -> Any:
+    """Return a copy of numbers that Python may change before they are computed with."""
+    if type(host) in (list, tuple):
+        return type(host)(map(_as_it_is, host))
+    return host.copy() if type(host) is np.ndarray else host
 
 
 def _all_outputs(schedule: Schedule) -> Bundles:

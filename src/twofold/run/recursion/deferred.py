@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from twofold.capture.intercept import call_before_steps
+from twofold.capture.intercept import call_before_unheard_code
 from twofold.errors import FailedError
+from twofold.graph import Ambient, ambient_context
 
 SMALL = 1024
 """Elements up to which another tensor in a noted operation is copied, in case it is written to before the flush."""
@@ -90,6 +91,11 @@ class Pending(threading.local):
         self.planning = 0
         """How many calls are being planned: their own Python's operations on deferred tensors do not wait."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether anything waits."""
+        return bool(self._sources or self._noted)
+
     def add(self, source: Source) -> None:
         """Have a source flushed with the others."""
         if source not in self._sources:
@@ -97,7 +103,7 @@ class Pending(threading.local):
 
     def note(self, function: Any, args: Any, kwargs: Any) -> Deferred | None:
         """Note an operation and return its result to be; None if it must not wait."""
-        if self._flushing or self.planning or not (self._sources or self._noted):
+        if self._flushing or self.planning or not self.waits or kwargs.get("out") is not None or changed():
             return None
         if not kwargs and len(args) == 2 and type(args[0]) in _PLAIN and type(args[1]) in _PLAIN:
             return self._noted_result(function, args, kwargs)
@@ -126,9 +132,9 @@ class Pending(threading.local):
         noted, self._noted = self._noted, []
         self._flushing = True
         try:
-            for source in sources:
-                source.flush()
-            with torch.set_grad_enabled(torch.is_grad_enabled()):
+            with ambient_context(_at_the_call()), torch.set_grad_enabled(torch.is_grad_enabled()):
+                for source in sources:
+                    source.flush()
                 self._carry_out(noted)
         finally:
             self._flushing = False
@@ -186,12 +192,24 @@ def _add_up(terms: list[Any]) -> Any:
     return functools.reduce(operator.add, terms)
 
 
+def changed() -> bool:
+    """Say whether operations do something else than usual in this thread: then nothing may wait."""
+    return bool(
+        torch._C._is_any_autocast_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling()
+    )
+
+
+def _at_the_call() -> Ambient:
+    """Return the modes of what waits: none but the grad mode, which is set for each."""
+    return Ambient(torch.is_grad_enabled(), False, (), torch.is_autocast_cache_enabled())
+
+
 _PLAIN = (Deferred, int, float)
 _IN_PLACE = frozenset({Tensor.__iadd__, Tensor.add_})
 PENDING = Pending()
 
 
 @functools.cache
-def flush_before_steps() -> None:
-    """Have everything that waits computed before any optimizer changes parameters."""
-    call_before_steps(PENDING.flush)
+def flush_before_unheard_code() -> None:
+    """Have everything that waits computed before an optimizer changes parameters, or code takes tensors unheard."""
+    call_before_unheard_code(PENDING.flush)

@@ -6,6 +6,7 @@ and adds its invocations to the batch that waits. The tensors follow when a valu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from types import GeneratorType
 from typing import Any
@@ -50,6 +51,8 @@ class Program:
         self.tables = Tables()
         self.refusals: dict[str, int] = {}
         """Why blocks ran one invocation at a time, and how often."""
+        self.computed: Counter[str] = Counter()
+        """How many invocations were computed `together` and `singly`."""
         held = [tensor for fixed in slices.fixed.values() for tensor in _tensors(fixed)]
         self._tensors = list({id(tensor): tensor for tensor in held}.values())
         self.given: dict[Any, RunnableBlock] = {}
@@ -127,7 +130,8 @@ class Program:
                 walk = self._planners[f"walk_{self.name}"]
                 planned = [_split(walk(*self._given_to(arguments), WALKED)) for arguments in calls]
         except BaseException as error:
-            self.batch.rewind(mark)
+            if self.slices.fetches or not self.slices.exports:
+                self.batch.rewind(mark)  # else the host may hold tensors of invocations that are complete
             if self.slices.fetches and not self.slices.effects and not isinstance(error, RecursionError):
                 reason = f"calls ran as plain Python after {type(error).__name__}: {error}"
                 self.refusals[reason] = self.refusals.get(reason, 0) + 1
@@ -158,8 +162,7 @@ class Program:
         results: list[Any] = []
         for index in range(self._count):
             if index in self.results:
-                results.append(deferred := defer())
-                self.batch.want_result(number, self.results.index(index), deferred)
+                results.append(self.batch.result(number, self.results.index(index)))
             else:
                 results.append(next(others))
         return constructed(self._form, iter(results))

@@ -19,6 +19,7 @@ any subset of them, and its rows be joined along that dimension.
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from collections import Counter
@@ -78,8 +79,15 @@ class Sample(NamedTuple):
         """Make values for `count` invocations."""
         shape = (count, *self.shape)
         if self.dtype.is_floating_point:
-            return torch.rand(shape, dtype=self.dtype, device=self.device)
+            generator = _generator(self.device)
+            return torch.rand(shape, dtype=self.dtype, device=self.device, generator=generator)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+
+@functools.cache
+def _generator(device: torch.device) -> torch.Generator:
+    """Return what examples are drawn from, so that the program's own random stream stays as it is."""
+    return torch.Generator(device)
 
 
 @dataclass
