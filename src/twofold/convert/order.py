@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections import defaultdict
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from twofold.graph import Graph, Node, Value, has_effect
+from twofold.graph import Graph, Value, has_effect
 
-from .rewriting import Change
 from .segments import root_of, view_nodes, writes_of
 
 _OUTSIDE = None
@@ -30,6 +29,7 @@ def dependencies(graph: Graph) -> list[set[int]]:
     barrier = draw = -1
     follows: list[set[int]] = []
 
+    @functools.cache
     def memory(value: Value) -> Any:
         root = root_of(value, views)
         return root if root in makers else _OUTSIDE
@@ -57,47 +57,52 @@ def dependencies(graph: Graph) -> list[set[int]]:
     return follows
 
 
-def independent(follows: list[set[int]], members: Collection[int]) -> list[list[int]]:
-    """Part nodes into groups of which none depends on another of its group, those first that depend on none."""
-    depths: list[int] = []
-    groups: dict[int, list[int]] = defaultdict(list)
-    for index, before in enumerate(follows):
-        depth = max((depths[other] + (other in members) for other in before), default=0)
-        depths.append(depth)
-        if index in members:
-            groups[depth].append(index)
-    return [groups[depth] for depth in sorted(groups)]
+class Order:
+    """An order of the nodes of a straight-line graph, by position, that changes as some of them become one. Mutable."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.sequence = list(range(len(graph.nodes)))
+        self._follows = dict(enumerate(dependencies(graph)))
+
+    def independent(self, members: Collection[int]) -> list[list[int]]:
+        """Part nodes into groups of which none depends on another of its group, those first that depend on none."""
+        depths: dict[int, int] = {}
+        groups: dict[int, list[int]] = defaultdict(list)
+        for index in self.sequence:
+            depth = max((depths[other] + (other in members) for other in self._follows[index]), default=0)
+            depths[index] = depth
+            if index in members:
+                groups[depth].append(index)
+        return [sorted(groups[depth]) for depth in sorted(groups)]
+
+    def join(self, groups: Iterable[Sequence[int]]) -> None:
+        """Make one node of each group of `independent`, in the place of its last; what depends on it moves behind it.
+
+        All else keeps its order.
+        """
+        last_of = {index: group[-1] for group in groups for index in group}
+        follows: dict[int, set[int]] = defaultdict(set)
+        for index, before in self._follows.items():
+            follows[last_of.get(index, index)].update(last_of.get(other, other) for other in before)
+        self._follows = follows
+        self.sequence = _sorted(follows)
 
 
-def reordered(graph: Graph, follows: list[set[int]], changes: Iterable[Change]) -> Graph:
-    """Make changes to a graph, each in the place of the nodes that it drops; what depends on these moves behind it.
-
-    All else keeps its order. The nodes that one change drops must not depend on one another.
-    """
-    in_place_of = {index: change for change in changes for index in change.dropped}
-
-    def task(index: int) -> int:
-        change = in_place_of.get(index)
-        return index if change is None else change.position
-
-    waits: dict[int, set[int]] = defaultdict(set)
-    for index, before in enumerate(follows):
-        waits[task(index)].update(map(task, before))
+def _sorted(follows: dict[int, set[int]]) -> list[int]:
     behind: dict[int, list[int]] = defaultdict(list)
-    for index, before in waits.items():
+    for index, before in follows.items():
         for other in before:
             behind[other].append(index)
-    left = {index: len(before) for index, before in waits.items()}
+    left = {index: len(before) for index, before in follows.items()}
     ready = [index for index, count in left.items() if not count]
     heapq.heapify(ready)
-    nodes: list[Node] = []
+    sequence: list[int] = []
     while ready:
         index = heapq.heappop(ready)
-        change = in_place_of.get(index)
-        nodes += [graph.nodes[index]] if change is None else change.nodes
+        sequence.append(index)
         for other in behind[index]:
             left[other] -= 1
             if not left[other]:
                 heapq.heappush(ready, other)
-    assert not any(left.values()), "a change drops nodes that depend on one another"
-    return replace(graph, nodes=tuple(nodes))
+    assert len(sequence) == len(follows), "nodes became one that depend on one another"
+    return sequence

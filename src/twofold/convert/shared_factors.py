@@ -19,8 +19,8 @@ import torch
 
 from twofold.graph import Graph, Node, Value, eliminate_dead_code
 
-from .order import dependencies, independent, reordered
-from .rewriting import Change, Emitter, Flow, joined_rows, shape_of, spec_of
+from .order import Order
+from .rewriting import Emitter, Flow, shape_of, spec_of
 from .segments import bytes_of
 
 aten: Any = torch.ops.aten
@@ -30,50 +30,49 @@ _PRODUCTS = (aten.mm.default, aten.addmm.default)
 
 def share_factors(graph: Graph) -> Graph:
     """Return a straight-line graph that computes the same but for rounding, with fewer and larger products."""
+    flow = Flow(graph)
+    groups = [frozenset(positions) for positions in _groups(flow) if _pays(flow, positions)]
+    if not groups:
+        return graph
+    order = Order(graph)
     names = (f"together{number}" for number in itertools.count())
-    pays = [factors for factors, positions in _groups(Flow(graph)).items() if _pays(graph, positions)]
-    for factors in pays:
-        graph = _share(graph, factors, names)
-    return eliminate_dead_code(graph)
+    made: dict[int, tuple[Node, ...]] = {}
+    for positions in groups:
+        batches = [batch for batch in order.independent(positions) if len(batch) > 1 and _pays(flow, batch)]
+        if batches:
+            order.join(batches)
+            made.update((batch[-1], _together(flow, batch, names)) for batch in batches)
+    nodes = (node for index in order.sequence for node in made.get(index, (graph.nodes[index],)))
+    return eliminate_dead_code(replace(graph, nodes=tuple(nodes)))
 
 
-def _groups(flow: Flow) -> dict[tuple[Value, ...], list[int]]:
-    """Return the positions of products by what they have in common: the right-hand factor, and what is added."""
+def _groups(flow: Flow) -> list[list[int]]:
+    """Return the positions of products that have the right-hand factor in common, and what is added."""
     groups: dict[tuple[Value, ...], list[int]] = defaultdict(list)
     for index, node in enumerate(flow.nodes):
         if node.target in _PRODUCTS and not node.keywords and _is_plain(flow, node.results[0]):
             *bias, _, right = node.operands
             groups[(right, *bias)].append(index)
-    return groups
+    return list(groups.values())
 
 
 def _is_plain(flow: Flow, result: Value) -> bool:
     return spec_of(result).stride is None and result not in flow.outputs and not flow.is_written(result)
 
 
-def _pays(graph: Graph, positions: Sequence[int]) -> bool:
+def _pays(flow: Flow, positions: Sequence[int]) -> bool:
     """Whether joining the left-hand factors costs less than reading the right-hand one anew for each."""
-    nodes = [graph.nodes[index] for index in positions]
+    nodes = [flow.nodes[index] for index in positions]
     return sum(bytes_of(node.operands[-2]) for node in nodes) <= (len(nodes) - 1) * bytes_of(nodes[0].operands[-1])
 
 
-def _share(graph: Graph, factors: tuple[Value, ...], names: Iterator[str]) -> Graph:
-    flow = Flow(graph)
-    follows = dependencies(graph)
-    batches = independent(follows, frozenset(_groups(flow)[factors]))
-    changes = [_together(flow, graph, batch, names) for batch in batches if len(batch) > 1 and _pays(graph, batch)]
-    return reordered(graph, follows, changes) if changes else graph
-
-
-def _together(flow: Flow, graph: Graph, batch: list[int], names: Iterator[str]) -> Change:
-    nodes: list[Node] = [graph.nodes[index] for index in batch]
+def _together(flow: Flow, batch: list[int], names: Iterator[str]) -> tuple[Node, ...]:
+    nodes = [flow.nodes[index] for index in batch]
     results = [node.results[0] for node in nodes]
-    # Rows that were joined later may need these products.
-    known = {rows: joined for rows, joined in joined_rows(graph).items() if joined.position <= batch[0]}
-    emitter = Emitter(flow, batch[-1], names, known)
+    emitter = Emitter(flow, batch[-1], names, {})
     rows = emitter.join_rows([node.operands[-2] for node in nodes])
     *bias, _, right = nodes[0].operands
     spec = replace(spec_of(results[0]), shape=(shape_of(rows)[0], shape_of(right)[1]))
     (product,) = emitter.call(nodes[0].target, (*bias, rows, right), spec)
     emitter.call(aten.split_with_sizes.default, (product, [shape_of(result)[0] for result in results]), *results)
-    return emitter.change(batch)
+    return tuple(emitter.nodes)
