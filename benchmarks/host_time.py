@@ -17,27 +17,28 @@ def host_microseconds(run: Callable[[int], Any], device: torch.device, is_twofol
     """Return the median over calls.
 
     On CUDA: until the call returns, the device idle before it. On a CPU the kernels run within the call: there it is
-    the time of the call less that within executables, so that an eager call counts whole; None for contenders that
-    have no executables.
+    the processor time that the calling thread spends on it outside executables, which other work on the machine
+    lengthens by a cold cache but not by waiting; None for contenders that have no executables. Kernels leave the
+    caches cold too: the same call costs less the less its kernels touch.
     """
     if device.type == "cuda":
-        return statistics.median(_until_return(run, index) for index in range(HOST_CALLS))
+        return statistics.median(_until_return(run, index, time.perf_counter) for index in range(HOST_CALLS))
     if not is_twofold:
         return None
     with _time_of_launches() as launches:
         times: list[float] = []
         for index in range(HOST_CALLS):
             launches.clear()
-            whole = _until_return(run, index)
+            whole = _until_return(run, index, time.thread_time)
             times.append(whole - sum(launches))
     return statistics.median(times)
 
 
-def _until_return(run: Callable[[int], Any], index: int) -> float:
+def _until_return(run: Callable[[int], Any], index: int, clock: Callable[[], float]) -> float:
     synchronize()
-    begin = time.perf_counter()
+    begin = clock()
     run(index)
-    return (time.perf_counter() - begin) * 1e6
+    return (clock() - begin) * 1e6
 
 
 @contextmanager
@@ -50,9 +51,9 @@ def _time_of_launches() -> Generator[list[float], None, None]:
 
     def timed(launch: Callable[..., None]) -> Callable[..., None]:
         def timed_launch(*arguments: Any) -> None:
-            begin = time.perf_counter()
+            begin = time.thread_time()
             launch(*arguments)
-            times.append((time.perf_counter() - begin) * 1e6)
+            times.append((time.thread_time() - begin) * 1e6)
 
         return timed_launch
 

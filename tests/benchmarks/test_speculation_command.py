@@ -101,7 +101,7 @@ def test_host_time_leaves_launches_out(monkeypatch: pytest.MonkeyPatch) -> None:
         spend(2.0)
         ReplayExecutable.launch(None, 0, {})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(host_time, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(host_time, "time", SimpleNamespace(perf_counter=lambda: now, thread_time=lambda: now))
     monkeypatch.setattr(ReplayExecutable, "launch", lambda *_: spend(5.0))
     launch = ReplayExecutable.launch
     cpu = torch.device("cpu")
