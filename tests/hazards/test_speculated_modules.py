@@ -76,3 +76,26 @@ def test_hook_comes_between_two_calls_that_set_the_mode() -> None:
             between.handle.remove()  # type: ignore[attr-defined]
 
     speculates(training(make, model=network, between=between), 24, at_least=8)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("of", ["optimizer", "model"])
+def test_gradients_are_cleared_after_the_step(of: str, set_to_none: bool) -> None:
+    """And sometimes they are not, so that the next call adds to them."""
+
+    def make(parts: Parts) -> Step:
+        parts.seen["updates"] = 0
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            loss = parts.loss(x, y)
+            loss.backward()
+            parts.optimizer.step()
+            parts.seen["updates"] += 1
+            if number % 3:
+                owner = parts.optimizer if of == "optimizer" else parts.model
+                owner.zero_grad(set_to_none=set_to_none)
+            return loss.detach()
+
+        return step
+
+    speculates(training(make), 40, at_least=20)

@@ -22,7 +22,7 @@ from twofold.graph.effects import target_has_effect
 from .draws import Draws
 from .heap import Heap
 from .host import Host, constant
-from .items import Dynamic, Item, Known, Mapping, Outside, Scope, Sequence, Stream, Tensor, rebuild
+from .items import NONE, Dynamic, Item, Known, Mapping, Outside, Scope, Sequence, Stream, Tensor, rebuild
 from .library import is_change, is_pure
 from .objects import LISTS
 from .speculation import metadata
@@ -230,7 +230,12 @@ class TorchCalls(Draws):
     def _call_late(self, function: Any, arguments: list[Item], keywords: dict[str, Item], owner: Any) -> Item:
         """Call a torch function when the unit is over: eagerly, by the host graph."""
         items = [*arguments, *keywords.values()]
-        if owner is not None or function in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
+        if owner is not None:  # zero_grad: no gradient is read from here on
+            named = {name: self.known(item) for name, item in keywords.items()}
+            rest = [constant(self.known(item)) for item in arguments[1:]]
+            self.host.effect(function, self.host.argument(arguments[0]), *rest, keywords=named)
+            return NONE
+        if function in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
             raise self.refuse("several_units", "the call goes on with another step")
         if function is not getattr and target_has_effect(function) and not (is_pure(function) or is_change(function)):
             raise self.refuse("foreign_function", f"calls {display_name(function)} after the last optimizer step")

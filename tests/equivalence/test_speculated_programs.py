@@ -1,0 +1,63 @@
+"""Which programs of the corpus run without their Python, and why the others do not: a change of either is noticed."""
+
+import pytest
+
+from benchmarks.programs import NAMES
+from tests.differential import assert_same, function
+from tests.equivalence.test_programs import factory
+
+CALLS = 40
+SPECULATED = {
+    "mlp": 35,
+    "lenet": 35,
+    "resnet18": 35,
+    "lstm_loop": 35,
+    "gpt": 35,
+    "dcgan": 35,
+    "vae": 35,
+    "mixed_precision": 35,
+    "logging_net": 35,
+    "lr_schedule": 34,
+    "varying_loop": 31,
+    "lstm": 31,
+    "pix2pix": 30,
+    "grad_accumulation": 29,
+    "resnet50": 27,
+    "lm": 27,
+    "multi_path": 27,
+    "inception_v3": 26,
+    # Who learns is decided by a loss, late: a call that goes the other way is undone, and in the end none is tried.
+    "adversarial": 20,
+    # Each pattern of coins is a way of its own, to be met before it can be recorded, and again before it is converted.
+    "coin_flip": 1,
+}
+"""At least so many of the calls; the first three to thirteen, and one for each way, are eager or co-executed."""
+REFUSED = {
+    # transformers' Python is none of the libraries whose text is taken for the program's.
+    "bert": "foreign_function",
+    # The environment moves pendulums in place, and asks which of them have fallen.
+    "actor_critic": "late_decision",
+    # `state_dict` writes an attribute of a dictionary; behind it waits Gymnasium's Python.
+    "a3c": "unsupported_object",
+    # The learning rate is set in the call that steps; behind it wait several steps in one call.
+    "ppo": "unsupported_object",
+}
+"""The code of the refusal that stands in the way; `no_graph` alone means that a way was not recorded yet."""
+
+
+def test_every_program_is_in_the_table() -> None:
+    assert SPECULATED.keys() | REFUSED.keys() == set(NAMES)
+    assert SPECULATED.keys().isdisjoint(REFUSED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_program_is_speculated_or_refused_as_the_table_says(name: str) -> None:
+    configuration = function(engine="speculation", backend="replay", numerics="exact", background=False)
+    report = assert_same(factory(name, "cpu"), CALLS, configuration)
+    codes = {refusal["code"] for refusal in report["refusals"]} - {"no_graph"}
+    if name in REFUSED:
+        assert codes == {REFUSED[name]}, report["refusals"]
+        assert report["speculated_iterations"] == 0
+    else:
+        assert not codes, report["refusals"]
+        assert report["speculated_iterations"] >= SPECULATED[name], report["refusals"]
