@@ -26,11 +26,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode, _push_mode
 from torch.utils.data import dataloader
 
 from twofold.graph import Origin
 
+from . import landmarks
 from .dynamo import keep_from_dynamo
 from .leaf_modules import leaf_call
 
@@ -73,6 +74,7 @@ class _Current(threading.local):
 
 
 _current = _Current()
+_landmarks = landmarks.current
 
 
 class _FunctionMode(TorchFunctionMode):
@@ -147,11 +149,11 @@ def unwatched() -> Generator[None]:
     if watch is None or not _mode_count() or _mode_at(_mode_count() - 1) is not watch:
         yield
         return
-    _pop_mode()
+    torch._C._pop_torch_function_stack()
     try:
         yield
     finally:
-        _push_mode(watch)
+        torch._C._push_on_torch_function_stack(watch)
 
 
 class Interception:
@@ -163,10 +165,27 @@ class Interception:
         self._functions = _FunctionMode(listener)
         self._operations = _DispatchMode(listener)
         self._hears_operations = False
+        self._beneath: tuple[int, int] | None = None
+        """How many modes of the program's own were on at the start."""
         self.active = False
 
     def start(self) -> None:
         """Begin to listen in this thread. `torch.compile`d parts run as plain Python meanwhile."""
+        self._beneath = _modes_on()
+        self._enter()
+
+    def resume(self) -> bool:
+        """Listen again, or for the first time.
+
+        False where the program has entered a mode since the start: it would leave ours in the place of its own.
+        """
+        if self._beneath is not None and self._beneath != _modes_on():
+            return False
+        self._beneath = _modes_on()
+        self._enter()
+        return True
+
+    def _enter(self) -> None:
         self.hear_operations()
         self._functions.__enter__()
         _current.listener = self._listener
@@ -206,6 +225,37 @@ class Interception:
             self._operations.__exit__(None, None, None)
 
 
+def _modes_on() -> tuple[int, int]:
+    return _mode_count(), torch._C._len_torch_dispatch_stack()
+
+
+def _ask_where_modes_are() -> None:
+    """Have the dispatcher ask Python if, and only if, a dispatch mode is on.
+
+    Guards that put the dispatcher's state back, `inference_mode` and compiled functions, put back that of before, also
+    where modes have come or gone meanwhile.
+    """
+    modes = torch._C._len_torch_dispatch_stack()
+    if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.Python) == (modes > 0):
+        return
+    taken: list[Any] = [_pop_mode() for _ in range(modes)] or [TorchDispatchMode()]
+    for mode in reversed(taken):
+        _push_mode(mode)
+    if not modes:
+        _pop_mode()
+
+
+def _keep_asking_after_inference_mode() -> None:
+    original = torch.inference_mode.__exit__
+
+    @functools.wraps(original)
+    def __exit__(self: Any, *error: Any) -> None:
+        original(self, *error)
+        _ask_where_modes_are()
+
+    torch.inference_mode.__exit__ = __exit__  # type: ignore[method-assign, assignment]
+
+
 def saved_tensor_hooks_in_force() -> bool:
     """Whether the program keeps, in this thread, what operations save for backward by Python of its own."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
@@ -220,6 +270,11 @@ def heard_by_listener_alone() -> bool:
     """Whether this thread's listener hears what is called, and no mode of the program's own does."""
     alone = _mode_count() == 1 and torch._C._len_torch_dispatch_stack() == 1
     return alone and _current.listener is not None and _hears_first()
+
+
+def hears(listener: Listener) -> bool:
+    """Whether this thread's listener is this one, and it is not answering a call just now."""
+    return _current.listener is listener and any(_mode_at(i) is _current.mode for i in range(_mode_count()))
 
 
 def unwatch(code: str, what: str) -> bool:
@@ -287,6 +342,7 @@ def _prepare() -> None:
 
 def _before_step(optimizer: Optimizer, arguments: Any, keywords: Any) -> Any:
     _prepare()
+    landmarks.before_step()
     listener = _current.listener
     if listener is None:
         return None
@@ -295,6 +351,7 @@ def _before_step(optimizer: Optimizer, arguments: Any, keywords: Any) -> Any:
 
 
 def _after_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
+    landmarks.after_step()
     listener = _current.listener
     if listener is not None:
         with torch._C.DisableTorchFunction():
@@ -399,8 +456,8 @@ def _announce_zero_grad(owner_class: Any) -> None:
 _is_mode_enabled = torch._C._is_torch_function_mode_enabled
 _mode_count = torch._C._len_torch_function_stack
 _mode_at = torch._C._get_function_stack_at
-_pop_mode = torch._C._pop_torch_function_stack
-_push_mode = torch._C._push_on_torch_function_stack
+_pop_function_mode = torch._C._pop_torch_function_stack
+_push_function_mode = torch._C._push_on_torch_function_stack
 
 
 def _hears_first() -> bool:
@@ -410,11 +467,11 @@ def _hears_first() -> bool:
 
 def _ask(listener: Listener, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """Have the listener, whose mode is on top, answer a call as PyTorch would: modes beneath stay on."""
-    mode = _pop_mode()
+    mode = _pop_function_mode()
     try:
         return listener.call(function, arguments, keywords)
     finally:
-        _push_mode(mode)
+        _push_function_mode(mode)
 
 
 def _call_leaf_modules_at_once() -> None:
@@ -422,6 +479,10 @@ def _call_leaf_modules_at_once() -> None:
 
     @functools.wraps(original)
     def __call__(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if (loop := _landmarks.loop) is not None:
+            with landmarks.within():
+                loop.passes(landmarks.module_landmark(self))
+                return __call__(self, *arguments, **keywords)
         listener = _current.listener
         if listener is None or (leaf := leaf_call(self)) is None or not _hears_first():
             return original(self, *arguments, **keywords)
@@ -445,8 +506,17 @@ def _shorten_python_functions() -> None:
             return original(public_api, relevant_args, *arguments, **keywords)
         return _ask(listener, public_api, arguments, keywords)
 
-    for name in ("torch.overrides", "torch.functional", "torch.nn.functional", "torch._tensor"):
+    backwards = torch.Tensor.backward, torch.autograd.backward
+
+    def handle_backward(public_api: Any, *arguments: Any, **keywords: Any) -> Any:
+        if public_api in backwards:
+            return landmarks.with_backward(handle_torch_function, (public_api, *arguments), keywords)
+        return handle_torch_function(public_api, *arguments, **keywords)
+
+    for name in ("torch.overrides", "torch.functional", "torch.nn.functional"):
         sys.modules[name].handle_torch_function = handle_torch_function  # type: ignore[attr-defined]
+    for name in ("torch._tensor", "torch.autograd"):
+        sys.modules[name].handle_torch_function = handle_backward  # type: ignore[attr-defined]
 
 
 def _pause_in(owner: Any, name: str) -> None:
@@ -488,9 +558,12 @@ def install_patches() -> None:
         (_FunctionMode.__torch_function__, _DispatchMode.__torch_dispatch__, _ask),
         lambda: _current.listener is not None,
         _run_foreign,
+        _ask_where_modes_are,
     )
+    _keep_asking_after_inference_mode()
     _pause_in(dataloader.DataLoader, "__iter__")
     _pause_in(dataloader._BaseDataLoaderIter, "__next__")
+    landmarks.announce_landmarks()
 
 
 _OWN_CODE = tuple(module.__path__[0] for module in (torch, sys.modules["twofold"]))
