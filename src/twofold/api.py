@@ -32,6 +32,7 @@ from twofold.capture.intercept import (
     observe_steps,
     saved_tensor_hooks_in_force,
 )
+from twofold.capture.landmarks import observe_loop
 from twofold.capture.trace import Trace
 from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
 from twofold.errors import NotConvertibleError, OptionError
@@ -42,6 +43,7 @@ from twofold.run.account import Account
 from twofold.run.builder import Builder
 from twofold.run.python_runner import PythonRunner
 from twofold.run.recursion import PENDING
+from twofold.run.rounds import LoopUnits
 from twofold.run.speculation.cache import MISSED
 from twofold.run.speculation.speculator import Speculator
 
@@ -267,13 +269,14 @@ class _Driver:
         self.account.fallback(code, reason)
 
     def begin_listening(self) -> None:
-        """Begin a unit, and listen unless it is idle."""
+        """Begin a unit, and listen unless it is idle or a mode of the program's own has been entered since."""
         if self.begin() is Mode.IDLE:
             self.interception.stop()
-        elif not self.interception.active:
-            self.interception.start()
-        else:
+        elif self.interception.active:
             self.interception.hear_operations()
+        elif not self.interception.resume():
+            self.runner.drop()
+            self._mode = Mode.IDLE
 
 
 class Function(Generic[P, R]):
@@ -431,7 +434,7 @@ class Program:
 
     def __init__(self, options: Options) -> None:
         self._driver = _Driver("program", options)
-        self._stop_observing: Callable[[], None] | None = None
+        self._stop_observing: list[Callable[[], None]] = []
         self._thread = 0
         self._shares = False
 
@@ -445,7 +448,8 @@ class Program:
             driver.note_empty("thread", OTHER_THREAD)
             return self
         self._thread = threading.get_ident()
-        self._stop_observing = observe_steps(self._on_step)
+        loop = LoopUnits(driver.runner, driver.interception, driver.end)
+        self._stop_observing = [observe_steps(self._on_step), observe_loop(loop)]
         driver.between_units = driver.begin_listening
         driver.begin_listening()
         return self
@@ -453,9 +457,10 @@ class Program:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         driver = self._driver
         driver.between_units = None
-        if self._stop_observing is None:  # all ran eagerly
+        if not self._stop_observing:  # all ran eagerly
             return
-        self._stop_observing()
+        for stop in self._stop_observing:
+            stop()
         try:
             if error is not None:
                 driver.runner.abandon()

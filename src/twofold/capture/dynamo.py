@@ -21,18 +21,22 @@ _PYTORCH = str(Path(torch.__file__).parent)
 
 
 def keep_from_dynamo(
-    handlers: Iterable[Callable[..., Any]], is_heard: Callable[[], bool], run_foreign: RunForeign
+    handlers: Iterable[Callable[..., Any]],
+    is_heard: Callable[[], bool],
+    run_foreign: RunForeign,
+    after_call: Callable[[], None],
 ) -> None:
     """Have Dynamo leave `handlers` alone, and all else while `is_heard()` in the thread that calls it.
 
     PyTorch itself compiles in some of its functions, and relies on it: these compiled functions are called through
-    `run_foreign`. To be called once.
+    `run_foreign`. `after_call` is called when a compiled function has returned and put the dispatcher's state back.
+    To be called once.
     """
     frames: Any = getattr(torch._C, "_dynamo").eval_frame  # noqa: B009 - without importing Dynamo, which takes seconds
     skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
     for handler in handlers:
         frames.set_code_exec_strategy(handler.__code__, skip)
-    bypass = functools.cache(lambda: _bypass(sys.modules[_DYNAMO], is_heard))
+    bypass = functools.cache(lambda: _bypass(sys.modules[_DYNAMO], is_heard, after_call))
     if _DYNAMO in sys.modules:
         bypass()
     original = torch.compile
@@ -49,8 +53,14 @@ def keep_from_dynamo(
     torch.compile = compile
 
 
-def _bypass(dynamo: Any, is_heard: Callable[[], bool]) -> None:
-    choose = dynamo._callback_from_stance
+def _bypass(dynamo: Any, is_heard: Callable[[], bool], after_call: Callable[[], None]) -> None:
+    choose, enter_or_leave = dynamo._callback_from_stance, dynamo._maybe_set_eval_frame
+
+    def announced(callback: Any) -> Any:
+        after_call()
+        return enter_or_leave(callback)
+
+    dynamo._maybe_set_eval_frame = announced
     dynamo._callback_from_stance = lambda callback: None if is_heard() else choose(callback)
     count: Any = getattr(dynamo, "set_fullgraph_compiled_frame_count", None)  # since torch 2.12
 

@@ -31,6 +31,8 @@ from torch.utils.data import dataloader
 
 from twofold.graph import Origin
 
+from . import landmarks
+from .dispatcher import ask_where_modes_are, keep_asking_after_inference_mode
 from .dynamo import keep_from_dynamo
 from .leaf_modules import leaf_call
 
@@ -73,6 +75,7 @@ class _Current(threading.local):
 
 
 _current = _Current()
+_landmarks = landmarks.current
 
 
 class _FunctionMode(TorchFunctionMode):
@@ -163,10 +166,27 @@ class Interception:
         self._functions = _FunctionMode(listener)
         self._operations = _DispatchMode(listener)
         self._hears_operations = False
+        self._beneath: tuple[int, int] | None = None
+        """How many modes of the program's own were on at the start."""
         self.active = False
 
     def start(self) -> None:
         """Begin to listen in this thread. `torch.compile`d parts run as plain Python meanwhile."""
+        self._beneath = _modes_on()
+        self._enter()
+
+    def resume(self) -> bool:
+        """Listen again, or for the first time.
+
+        False where the program has entered a mode since the start: it would leave ours in the place of its own.
+        """
+        if self._beneath is not None and self._beneath != _modes_on():
+            return False
+        self._beneath = _modes_on()
+        self._enter()
+        return True
+
+    def _enter(self) -> None:
         self.hear_operations()
         self._functions.__enter__()
         _current.listener = self._listener
@@ -206,6 +226,10 @@ class Interception:
             self._operations.__exit__(None, None, None)
 
 
+def _modes_on() -> tuple[int, int]:
+    return _mode_count(), torch._C._len_torch_dispatch_stack()
+
+
 def saved_tensor_hooks_in_force() -> bool:
     """Whether the program keeps, in this thread, what operations save for backward by Python of its own."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
@@ -220,6 +244,11 @@ def heard_by_listener_alone() -> bool:
     """Whether this thread's listener hears what is called, and no mode of the program's own does."""
     alone = _mode_count() == 1 and torch._C._len_torch_dispatch_stack() == 1
     return alone and _current.listener is not None and _hears_first()
+
+
+def hears(listener: Listener) -> bool:
+    """Whether this thread's listener is this one, and it is not answering a call just now."""
+    return _current.listener is listener and any(_mode_at(i) is _current.mode for i in range(_mode_count()))
 
 
 def unwatch(code: str, what: str) -> bool:
@@ -287,6 +316,7 @@ def _prepare() -> None:
 
 def _before_step(optimizer: Optimizer, arguments: Any, keywords: Any) -> Any:
     _prepare()
+    landmarks.before_step()
     listener = _current.listener
     if listener is None:
         return None
@@ -295,6 +325,7 @@ def _before_step(optimizer: Optimizer, arguments: Any, keywords: Any) -> Any:
 
 
 def _after_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
+    landmarks.after_step()
     listener = _current.listener
     if listener is not None:
         with torch._C.DisableTorchFunction():
@@ -422,6 +453,10 @@ def _call_leaf_modules_at_once() -> None:
 
     @functools.wraps(original)
     def __call__(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if (loop := _landmarks.loop) is not None:
+            with landmarks.within():
+                loop.passes(landmarks.module_landmark(self))
+                return __call__(self, *arguments, **keywords)
         listener = _current.listener
         if listener is None or (leaf := leaf_call(self)) is None or not _hears_first():
             return original(self, *arguments, **keywords)
@@ -445,8 +480,17 @@ def _shorten_python_functions() -> None:
             return original(public_api, relevant_args, *arguments, **keywords)
         return _ask(listener, public_api, arguments, keywords)
 
-    for name in ("torch.overrides", "torch.functional", "torch.nn.functional", "torch._tensor"):
+    backwards = torch.Tensor.backward, torch.autograd.backward
+
+    def handle_backward(public_api: Any, *arguments: Any, **keywords: Any) -> Any:
+        if public_api in backwards:
+            return landmarks.with_backward(handle_torch_function, (public_api, *arguments), keywords)
+        return handle_torch_function(public_api, *arguments, **keywords)
+
+    for name in ("torch.overrides", "torch.functional", "torch.nn.functional"):
         sys.modules[name].handle_torch_function = handle_torch_function  # type: ignore[attr-defined]
+    for name in ("torch._tensor", "torch.autograd"):
+        sys.modules[name].handle_torch_function = handle_backward  # type: ignore[attr-defined]
 
 
 def _pause_in(owner: Any, name: str) -> None:
@@ -488,9 +532,12 @@ def install_patches() -> None:
         (_FunctionMode.__torch_function__, _DispatchMode.__torch_dispatch__, _ask),
         lambda: _current.listener is not None,
         _run_foreign,
+        ask_where_modes_are,
     )
+    keep_asking_after_inference_mode()
     _pause_in(dataloader.DataLoader, "__iter__")
     _pause_in(dataloader._BaseDataLoaderIter, "__next__")
+    landmarks.announce_landmarks()
 
 
 _OWN_CODE = tuple(module.__path__[0] for module in (torch, sys.modules["twofold"]))

@@ -263,6 +263,10 @@ class Recorder:
 
     # ---- the end -----------------------------------------------------------------------------------------
 
+    def can_end(self) -> bool:
+        """Whether the unit may end here: no live tensor carries autograd history that no backward has freed."""
+        return not self._writer.has_live_history()
+
     def goes_on_after_step(self) -> bool:
         """Whether the unit must go on because a live tensor carries autograd history that no backward has freed."""
         if self.trace.refusal is not None or not self._writer.has_live_history():

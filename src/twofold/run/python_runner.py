@@ -93,6 +93,29 @@ class PythonRunner:
             trace, self._unheard = self._unheard, None
             self._on_end(None, trace, self._signature)
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether the unit is one that will not be a graph, so that its history is not known."""
+        return self._recorder is not None and self._recorder.trace.refusal is not None
+
+    def end_round(self) -> bool:
+        """Finish the unit where its loop has come round. False if autograd history crosses that line."""
+        if self._recorder is not None:
+            if not self.in_unit:
+                return True
+            if not self._recorder.can_end():
+                return False
+            self.end()
+        elif self._node is None:
+            self._end_idle()
+        elif self._node.end is not None:
+            self.end()
+        return True
+
+    def _end_idle(self) -> None:
+        """End an idle unit that is heard all the same: a mode of the program's own was on when it began."""
+        self._on_end(None, None, ())
+
     def drop(self) -> None:
         """End a unit that is no unit, without a trace: all that it did was done eagerly."""
         if self._node is not None and self._node.parent is not None:
@@ -315,6 +338,8 @@ class PythonRunner:
             self._recorder.after_step(optimizer)
             if not self._recorder.goes_on_after_step():
                 self.end()
+        elif self._node is None:
+            self._end_idle()
 
     # ---- leaving the known paths -------------------------------------------------------------------------
 
