@@ -26,12 +26,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode, _push_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.data import dataloader
 
 from twofold.graph import Origin
 
 from . import landmarks
+from .dispatcher import ask_where_modes_are, keep_asking_after_inference_mode
 from .dynamo import keep_from_dynamo
 from .leaf_modules import leaf_call
 
@@ -227,33 +228,6 @@ class Interception:
 
 def _modes_on() -> tuple[int, int]:
     return _mode_count(), torch._C._len_torch_dispatch_stack()
-
-
-def _ask_where_modes_are() -> None:
-    """Have the dispatcher ask Python if, and only if, a dispatch mode is on.
-
-    Guards that put the dispatcher's state back, `inference_mode` and compiled functions, put back that of before, also
-    where modes have come or gone meanwhile.
-    """
-    modes = torch._C._len_torch_dispatch_stack()
-    if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.Python) == (modes > 0):
-        return
-    taken: list[Any] = [_pop_mode() for _ in range(modes)] or [TorchDispatchMode()]
-    for mode in reversed(taken):
-        _push_mode(mode)
-    if not modes:
-        _pop_mode()
-
-
-def _keep_asking_after_inference_mode() -> None:
-    original = torch.inference_mode.__exit__
-
-    @functools.wraps(original)
-    def __exit__(self: Any, *error: Any) -> None:
-        original(self, *error)
-        _ask_where_modes_are()
-
-    torch.inference_mode.__exit__ = __exit__  # type: ignore[method-assign, assignment]
 
 
 def saved_tensor_hooks_in_force() -> bool:
@@ -558,9 +532,9 @@ def install_patches() -> None:
         (_FunctionMode.__torch_function__, _DispatchMode.__torch_dispatch__, _ask),
         lambda: _current.listener is not None,
         _run_foreign,
-        _ask_where_modes_are,
+        ask_where_modes_are,
     )
-    _keep_asking_after_inference_mode()
+    keep_asking_after_inference_mode()
     _pause_in(dataloader.DataLoader, "__iter__")
     _pause_in(dataloader._BaseDataLoaderIter, "__next__")
     landmarks.announce_landmarks()
