@@ -79,7 +79,6 @@ class OptimizerPlan:
     hyper_parameters: list[dict[str, Any]]
     """Of each group, those that are not free; none where it steps by itself."""
     parameters: tuple[tuple[torch.Tensor, ...], ...]
-    state: Any
     owners: tuple[Any, ...]
     """The first keys of its state, in order, and what it holds for them."""
     states: tuple[dict[str, Any], ...]
@@ -91,7 +90,7 @@ class OptimizerPlan:
     def still_holds(self) -> bool:
         """Whether the optimizer is as it was when the graph was built, learning rate aside where it is free."""
         groups, state = self.optimizer.param_groups, self.optimizer.state
-        if state is not self.state or len(state) < len(self.owners) or len(groups) != len(self.parameters):
+        if len(state) < len(self.owners) or len(groups) != len(self.parameters):
             return False
         for group, parameters, settings in zip(groups, self.parameters, self.hyper_parameters, strict=True):
             if len(group["params"]) != len(parameters) or not settings.items() <= group.items():
@@ -336,7 +335,6 @@ class _Builder:
             free,
             [{} for _ in groups] if outside else hyper_parameters(optimizer, free),
             tuple(tuple(group["params"]) for group in groups),
-            optimizer.state,
             tuple(state),
             tuple(state.values()),
             _tensors_of(state.values()),

@@ -9,6 +9,8 @@ path again.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -41,6 +43,8 @@ class Installed:
     statics: Environment = field(init=False)
     pointers: list[int] = field(init=False)
     """Where the statics live."""
+    starts: tuple[tuple[torch.Tensor, ...], tuple[bool, ...]] = field(init=False)
+    """All leaves that get gradients, and which of them have one at every start."""
     entries: list[tuple[Value, torch.Tensor]] = field(init=False)
     """The gradients that a unit reads, each with its leaf."""
     exits: GradientExits = field(init=False)
@@ -64,6 +68,8 @@ class Installed:
         program = self.program
         self.statics = {value: tensor.detach() for value, tensor in program.statics.items()}
         self.pointers = list(map(_data_ptr, program.statics.values()))
+        plans = program.gradients
+        self.starts = tuple(plan.leaf for plan in plans), tuple(plan.had_gradient for plan in plans)
         self.entries = [(plan.entry, plan.leaf) for plan in program.gradients if plan.entry is not None]
         lasting = {*program.statics, *(entry for entry, _ in self.entries)}
         self.exits = GradientExits.of(program, {*lasting, *program.feeds}, self.executable.reuses_outputs)
@@ -137,8 +143,10 @@ class Installed:
 
     def is_current(self) -> bool:
         """Whether parameters and buffers still live where they did, and gradients are as at every start."""
-        return self.lives_where_it_did() and all(
-            (plan.leaf.grad is not None) == plan.had_gradient for plan in self.program.gradients
+        leaves, had_gradient = self.starts
+        return (
+            self.lives_where_it_did()
+            and tuple(map(operator.is_not, map(_grad, leaves), itertools.repeat(None))) == had_gradient
         )
 
     def lives_where_it_did(self) -> bool:
@@ -147,6 +155,7 @@ class Installed:
 
 
 _data_ptr = torch.Tensor.data_ptr
+_grad = operator.attrgetter("grad")
 
 
 def _is_small_and_remote(value: Value) -> bool:
