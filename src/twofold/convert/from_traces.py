@@ -40,6 +40,7 @@ from .histories import BackwardPlan, HistoryPlan, residuals_of
 from .optimizers import Setting, hyper_parameters, lower_step, replays_exactly
 from .products import merge_products
 from .segments import Segment, cut, root_of, view_nodes
+from .split_parts import settle_split_parts
 
 _AMBIENT = Ambient(grad=False)
 _REFERENCES = (Slot, External)
@@ -461,7 +462,7 @@ class _Builder:
         graph = Graph("unit", inputs, (*feeds, *self.nodes), tuple(dict.fromkeys(finals)))
         graph = eliminate_dead_code(graph)
         if not self.exact:
-            graph = merge_products(graph)
+            graph = merge_products(settle_split_parts(graph))
         graph = accumulate_in_place(graph)
         verify(graph)
         return graph
