@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,3 +62,29 @@ def test_history_alone_keeps_a_forward_from_being_captured() -> None:
         programs = [path.program for path in forward._driver.graph.paths if path.program is not None]
         assert programs
         assert all((program.history is not None) == has_history for program in programs)
+
+
+def test_memory_runs_out_while_capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is dropped, the report says why, and calls are eager and right."""
+
+    def no_memory(*_given: Any) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    plain = model()
+    forward = twofold.function(plain, **OPTIONS)
+    x = torch.ones(6, 4)
+    with torch.no_grad():
+        for _ in range(4):
+            forward(x)
+        driver = forward._driver
+        (path,) = driver.graph.paths
+        monkeypatch.setattr("twofold.run.builder.CudaGraphExecutable", no_memory)
+        driver.builder.options = replace(driver.builder.options, backend="auto")
+        path.stale = True
+        driver.builder.prepare(path, accelerator=True)
+        before = twofold.report(forward).to_dict()["graph_iterations"]
+        for _ in range(3):
+            assert torch.equal(forward(x), plain(x))
+    report = twofold.report(forward).to_dict()
+    assert report["graph_iterations"] == before
+    assert "out_of_memory" in {entry["code"] for entry in report["fallbacks"]}

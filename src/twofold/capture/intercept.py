@@ -150,11 +150,11 @@ def unwatched() -> Generator[None]:
     if watch is None or not _mode_count() or _mode_at(_mode_count() - 1) is not watch:
         yield
         return
-    torch._C._pop_torch_function_stack()
+    _pop_mode()
     try:
         yield
     finally:
-        torch._C._push_on_torch_function_stack(watch)
+        _push_mode(watch)
 
 
 class Interception:
@@ -430,8 +430,8 @@ def _announce_zero_grad(owner_class: Any) -> None:
 _is_mode_enabled = torch._C._is_torch_function_mode_enabled
 _mode_count = torch._C._len_torch_function_stack
 _mode_at = torch._C._get_function_stack_at
-_pop_function_mode = torch._C._pop_torch_function_stack
-_push_function_mode = torch._C._push_on_torch_function_stack
+_pop_mode = torch._C._pop_torch_function_stack
+_push_mode = torch._C._push_on_torch_function_stack
 
 
 def _hears_first() -> bool:
@@ -441,11 +441,11 @@ def _hears_first() -> bool:
 
 def _ask(listener: Listener, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """Have the listener, whose mode is on top, answer a call as PyTorch would: modes beneath stay on."""
-    mode = _pop_function_mode()
+    mode = _pop_mode()
     try:
         return listener.call(function, arguments, keywords)
     finally:
-        _push_function_mode(mode)
+        _push_mode(mode)
 
 
 def _call_leaf_modules_at_once() -> None:
