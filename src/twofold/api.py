@@ -52,8 +52,13 @@ R = TypeVar("R")
 
 MAX_PATHS = 64
 """Paths kept for one program; each holds a graph and, on a GPU, its memory."""
-MAX_NEW_IN_A_ROW = 40
-"""So many recorded units without one that was seen before, and recording stops: the paths do not repeat."""
+MAX_NEW = 40
+"""So many more units on new paths than on known ones, and recording, which takes some ten times as long as eager
+execution, stops: the paths do not repeat. 64 paths that are equally likely stay below 20."""
+MAX_NEW_AGAIN = 8
+"""The same when it is tried once more."""
+UNITS_UNTIL_TRIED_AGAIN = 400
+"""Units until then; the distance doubles each time."""
 RETRY_AFTER = 2
 """Units after which recording is tried again where it failed or did not pay; the distance doubles each time."""
 
@@ -91,9 +96,10 @@ class _Driver:
         self._likely: Path | None = None
         self._began = 0.0
         self._timing = False
-        self._new_in_a_row = 0
+        self._new = 0
+        """How many more units took new paths than known ones."""
         self._gave_up_at: int | None = None
-        self._patience = RETRY_AFTER
+        self._patience = UNITS_UNTIL_TRIED_AGAIN
 
     # ---- one unit ----------------------------------------------------------------------------------------
 
@@ -181,7 +187,7 @@ class _Driver:
         if path is not None:
             account.graph_iterations += 1
             account.graph_calls += len(path.nodes)
-            self._new_in_a_row = 0
+            self._new = max(0, self._new - 1)
             root = path.nodes[0].parent
             assert root is not None
             root.refusals = 0
@@ -228,6 +234,7 @@ class _Driver:
         self.graph.root(signature).refusals = 0
         if len(self.graph.paths) >= MAX_PATHS:
             self.account.fallback("too_many_paths", f"more than {MAX_PATHS} paths")
+            self._note_new()
             return
         path = self.graph.merge(trace, signature)
         if path is None:
@@ -235,9 +242,9 @@ class _Driver:
             return
         if path.seen == 1 and len(self.graph.paths) > 1:
             self.account.fallback("new_path", "the unit took a path not seen before")
-        self._new_in_a_row = self._new_in_a_row + 1 if path.seen == 1 else 0
-        if self._new_in_a_row >= MAX_NEW_IN_A_ROW:
-            self._give_up()
+        if path.seen > 1:
+            self._new = max(0, self._new - 1)
+        elif self._note_new():
             return
         self.account.paths = len(self.graph.paths)
         others_run = any(other.executable is not None for other in self.graph.paths)
@@ -246,12 +253,18 @@ class _Driver:
         if path.blocked and self.options.strict:
             raise NotConvertibleError(f"{self.account.name} stays eager: {next(iter(self.account.fallbacks))}")
 
-    def _give_up(self) -> None:
+    def _note_new(self) -> bool:
+        """Take note of a unit on a new path; give up, and say so, where there are too many."""
+        self._new += 1
+        has_tried = self._patience > UNITS_UNTIL_TRIED_AGAIN
+        if self._new < (MAX_NEW_AGAIN if has_tried else MAX_NEW):
+            return False
         self._gave_up_at = self.account.iterations
-        self._new_in_a_row = 0
-        self.account.fallback("too_many_paths", f"{MAX_NEW_IN_A_ROW} units in a row took paths of their own")
+        self._new = 0
+        self.account.fallback("too_many_paths", "most units take paths of their own")
         self.account.decision("recording stopped: the paths of this program do not repeat")
         self.graph.clear()
+        return True
 
     def _has_given_up(self) -> bool:
         if self._gave_up_at is None:

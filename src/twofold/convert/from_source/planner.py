@@ -21,8 +21,10 @@ one another get on together.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import CodeType
 from typing import Any
 
 from twofold.graph import Argument, Node, SubGraph, Value, values_in
@@ -39,6 +41,7 @@ from .blocks import (
     tensor_results,
 )
 from .convert import Converted
+from .functions import Source
 from .planner_text import PlannerText
 from .slices import Kind, Slices
 
@@ -48,10 +51,20 @@ MOST_WAYS = 32
 
 @dataclass(frozen=True)
 class PlannerSource:
-    """The text of a function's planner, and what the names in it stand for."""
+    """The text of a function's planners, what the names in it stand for, and the line of the function for each line."""
 
     text: str
     objects: dict[str, Any]
+    positions: list[int]
+
+    def compiled(self, source: Source) -> CodeType:
+        """Return the text as code whose lines are those of the function: they are what a traceback shows."""
+        tree = ast.parse(self.text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.stmt | ast.expr | ast.arg | ast.keyword | ast.excepthandler):
+                node.lineno = node.end_lineno = self.positions[node.lineno - 1]
+                node.col_offset = node.end_col_offset = 0
+        return compile(tree, source.file, "exec", dont_inherit=True)
 
 
 def planner_source(
@@ -69,8 +82,9 @@ def planner_source(
     """
     objects: dict[str, Any] = dict(runtime)
     forms = ("wave",) if slices.fetches else ("walk", "plan")
-    texts = [_Generator(converted, slices, function, objects, form, block_of=block_of).planner() for form in forms]
-    return PlannerSource("\n".join(texts), objects)
+    writers = [_Generator(converted, slices, function, objects, form, block_of=block_of) for form in forms]
+    text = "".join(writer.planner() for writer in writers)
+    return PlannerSource(text, objects, [line for writer in writers for line in writer.positions])
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,7 @@ class _Generator(PlannerText):
         body = self.converted.graph.subgraphs[self.function]
         self.cut = is_cut(self.converted, self.slices, body) or self.form == "wave"
         self.looked_up = self.cut or _has_loop(body, self.slices) or _ways(body, self.slices) > MOST_WAYS
+        self.position = self.converted.functions[self.function].source.function.__code__.co_firstlineno
         parameters = [self.name(v) for v in body.inputs if self.slices.kinds[v] is not Kind.TENSOR]
         given = ["given"] if tensor_parameters(body, self.slices) else []
         parameters += given
@@ -103,6 +118,7 @@ class _Generator(PlannerText):
         if self.form == "wave":
             self.line("if False: yield")
         self._continue([(body, 0, self._finish)], _Way())
+        self.positions.insert(0, self.positions[0])
         levels = ["levels"] if self.form == "walk" else []
         head = f"def {self.form}_{self.function}({', '.join([*parameters, *levels])}):\n"
         return head + "\n".join(self.lines) + "\n"
@@ -118,6 +134,7 @@ class _Generator(PlannerText):
                 way = at_end(way)
                 continue
             node = body.nodes[index]
+            self.come_to(node)
             work = [*work[:-1], (body, index + 1, at_end)]
             if node.op == "if":
                 if decides(node, self.slices) and not self.looked_up:

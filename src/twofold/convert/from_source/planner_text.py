@@ -43,6 +43,9 @@ class PlannerText:
     objects: dict[str, Any]
     form: str
     lines: list[str] = field(default_factory=list[str])
+    positions: list[int] = field(default_factory=list[int])
+    """For each line, the one of the function's file that it comes from."""
+    position: int = 1
     depth: int = 1
     names: dict[Value, str] = field(default_factory=dict[Value, str])
     handed: dict[Value, str] = field(default_factory=dict[Value, str])
@@ -54,6 +57,13 @@ class PlannerText:
     def line(self, text: str) -> None:
         """Add a line."""
         self.lines.append("    " * self.depth + text)
+        self.positions.append(self.position)
+
+    def come_to(self, node: Node) -> None:
+        """Have the lines that follow come from where a node does."""
+        source = self.converted.functions[self.function].source
+        if node.origin is not None and node.origin.file == source.file:
+            self.position = node.origin.line
 
     def name(self, value: Value) -> str:
         """Return the name of a value."""

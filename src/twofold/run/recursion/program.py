@@ -82,10 +82,12 @@ class Program:
             runtime.update(cut=cut, fetch=fetch, finish=finish)
             source = planner_source(self.converted, self.slices, name, block_of, runtime)
             scope = {**source.objects}
-            code = compile(source.text, f"<twofold planner of {name}>", "exec")
-            exec(code, scope)
-            forms = ("wave",) if self.slices.fetches else ("walk", "plan")
-            namespace.update((f"{form}_{name}", scope[f"{form}_{name}"]) for form in forms)
+            function = self.converted.functions[name].source
+            exec(source.compiled(function), scope)
+            for form in ("wave",) if self.slices.fetches else ("walk", "plan"):
+                planner = namespace[f"{form}_{name}"] = scope[f"{form}_{name}"]
+                named = function.function.__code__
+                planner.__code__ = planner.__code__.replace(co_name=named.co_name, co_qualname=named.co_qualname)
         for planner in namespace.values():
             planner.__globals__.update(namespace)
         return namespace
@@ -235,7 +237,7 @@ def _check_frame(frame: Frame) -> None:
 
 def _check_depth(waiting: Sequence[Any], planner: Any) -> None:
     """Raise RecursionError if a call waits for one with the same arguments, or the depth is beyond all reason."""
-    own, name = _arguments(planner), planner.gi_code.co_name.partition("_")[2]
+    own, name = _arguments(planner), planner.gi_code.co_name
     for distance, other in enumerate(reversed(waiting), 1):
         if _arguments(other) == own:
             raise RecursionError(

@@ -1,0 +1,51 @@
+"""Programs whose units take paths of their own are left alone, also where some paths come again."""
+
+from typing import Any
+
+import torch
+
+import twofold
+
+
+def training() -> Any:
+    """Return a step whose path is the number of additions that it is given."""
+    parameter = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=0.01)
+
+    @twofold.function(engine="coexecution", backend="replay")
+    def step(additions: int) -> torch.Tensor:
+        optimizer.zero_grad()
+        x = parameter * 2
+        for _ in range(additions):
+            x = x + 1
+        loss = x.sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def has_stopped(report: dict[str, Any]) -> bool:
+    return "too_many_paths" in [fallback["code"] for fallback in report["fallbacks"]]
+
+
+def test_recording_stops_where_most_paths_are_new() -> None:
+    step = training()
+    for unit in range(100):
+        step(1 if unit % 4 == 0 else 2 + unit - unit // 4)
+    report = twofold.report(step).to_dict()
+    assert has_stopped(report)
+    assert report["graph_iterations"] > 0
+    for unit in range(100, 200):
+        step(unit)
+    assert twofold.report(step).to_dict()["traced_iterations"] == report["traced_iterations"]
+
+
+def test_a_few_paths_go_on() -> None:
+    step = training()
+    for unit in range(150):
+        step(unit * 7 % 20)
+    report = twofold.report(step).to_dict()
+    assert not has_stopped(report)
+    assert report["graph_iterations"] > 80
