@@ -78,10 +78,10 @@ class Room:
     def widened(self) -> Room:
         """Return one for other batches of such trees.
 
-        Counts of independent trees vary by their square root: twice that is added. Blocks that are at several levels
-        get an eighth more levels.
+        Sizes of trees, and where in a tree its invocations are, vary from batch to batch: an eighth more, and twice the
+        square root, which matters where there are few. Blocks that are at several levels get an eighth more levels.
         """
-        wide = self.rows + 2 * np.sqrt(self.rows).astype(np.int64)
+        wide = self.rows + self.rows // 8 + 2 * np.sqrt(self.rows).astype(np.int64)
         rows = np.where(self.rows > 0, -(-wide // LEAST) * LEAST, 0)
         more = rows.shape[1] // 8
         rows = np.concatenate([rows, np.zeros((len(rows), more), dtype=np.int64)], 1)
