@@ -118,7 +118,7 @@ def rows_of_the_wrong_children(monkeypatch: pytest.MonkeyPatch) -> str:
 
     def column(self: execute.Run, run: Any, role: Any, what: Any) -> Any:
         held = original(self, run, role, what)
-        return [part.flip(0) for part in held] if role is parts.Role.CHILDREN else held
+        return [part.flip(0) for part in held] if role in (parts.Role.CHILDREN, parts.Role.OWED) else held
 
     monkeypatch.setattr(execute.Run, "_column", column)
     return "binary_tree_lstm"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twofold
-from twofold.run.recursion import batch, known, pieces, requests
+from twofold.run.recursion import batch, execute, known, pieces, requests
 
 from .recursive_programs import Tree
 from .test_recursion import assert_equal, double_precision, random_tree, step, trees  # noqa: F401 - a fixture
@@ -41,13 +41,13 @@ def test_equals_plain_python(name: str, batch: list[Tree]) -> None:
 def test_blocks_are_batched_and_not_run_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decorated, plainly = PROGRAMS[name](strict), PROGRAMS[name](plain)
     rows: list[int] = []
-    original = batch.Run.forward
+    original = execute.Run.forward
 
     def forward(self: Any) -> Any:
         rows.append(sum(run.rows for run in self._groups))
         return original(self)
 
-    monkeypatch.setattr(batch.Run, "forward", forward)
+    monkeypatch.setattr(execute.Run, "forward", forward)
     numbers = random.Random(3)
     for _ in range(3):
         trees = [Tree(1, 1, 1.0, [random_tree(numbers), random_tree(numbers)])]

@@ -16,7 +16,7 @@ import twofold
 from benchmarks.programs.tree_lstm import TreeLSTM, recursion
 from tests.equivalence.recursive_programs import HIDDEN, LABELS, PROGRAMS, WORDS, Decorate, Recursion, Tree
 from twofold.backends.cuda_graph import CaptureFailed
-from twofold.run.recursion import captured, captures, rooms
+from twofold.run.recursion import captured, captures, rooms, schedule
 from twofold.run.recursion.schedule import Named, Use
 
 
@@ -207,7 +207,20 @@ def of_several_sizes(recursion: Recursion) -> list[Any]:
     return seen
 
 
+def fewer_results(recursion: Recursion) -> list[Any]:
+    """Every other batch is half of the one before, with half its results, and takes the same room."""
+    seen: list[Any] = []
+    whole = [Tree(1, 1), *batches(1, 5)[0]]
+    for batch in (whole, whole, *(whole[:3], whole) * 3):
+        clear(recursion)
+        loss = loss_of(recursion, batch)
+        loss.backward()
+        seen += [loss.detach(), *gradients(recursion)]
+    return seen
+
+
 CASES: list[Case] = [
+    fewer_results,
     one_after_the_other,
     gradients_asked_for,
     two_before_a_backward,
@@ -301,7 +314,7 @@ def gradients_that_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> tuple[str,
 
 def gradients_of_the_last_batch(monkeypatch: pytest.MonkeyPatch) -> tuple[str, Case]:
     monkeypatch.setattr(captured, "_overwrite", lambda whole, rows: whole[: len(rows)].copy_(rows))
-    return "sums_used_inside", of_several_sizes
+    return "sums_used_inside", fewer_results
 
 
 def padding_among_the_results(monkeypatch: pytest.MonkeyPatch) -> tuple[str, Case]:
@@ -318,7 +331,13 @@ def rows_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> tuple[str, Case]:
     return "binary_tree_lstm", of_several_sizes
 
 
+def gradients_from_padding(monkeypatch: pytest.MonkeyPatch) -> tuple[str, Case]:
+    monkeypatch.setattr(rooms.Furnished, "owed", schedule.Schedule.owed)
+    return "binary_tree_lstm", of_several_sizes
+
+
 FAULTS = [
+    gradients_from_padding,
     memory_of_another_batch,
     results_that_are_not_copied,
     gradients_that_are_not_copied,

@@ -135,7 +135,8 @@ def _key(work: Work) -> Key:
     device = work.schedule.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
     places = tuple((tensor.data_ptr(), tensor.stride()) for tensor in _tensors(work))
-    return tuple(map(id, work.staged)), tuple(work.schedule.leaving), places, switches(), stream
+    once = tuple(map(work.schedule.taken_once, work.schedule.sizes))
+    return tuple(map(id, work.staged)), tuple(work.schedule.leaving), once, places, switches(), stream
 
 
 def _reserved(device: torch.device) -> int:

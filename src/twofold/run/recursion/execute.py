@@ -138,6 +138,8 @@ class Run:
                 return self._parts(run, what)
             case Role.CHILDREN:
                 return self._schedule.children(run.group.number, run.places(what))
+            case Role.OWED:
+                return self._schedule.owed(run.group.number, run.places(what))
             case Role.TABLE:
                 same: Any = self._tables[what.table]
             case Role.GRADIENTS:

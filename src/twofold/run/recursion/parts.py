@@ -77,6 +77,7 @@ class Role(Enum):
     PART = "rows of a value: Crossing"
     TABLE = "a table of results: Link"
     CHILDREN = "which rows of it: Link"
+    OWED = "which rows of a table of gradients: Link"
     GRADIENTS = "a table of gradients: Link"
     GIVE = "how gradients are added to it: Link"
 

@@ -3,12 +3,13 @@
 A batch that has at most as many invocations of each block at each level as a room, and as many results that leave,
 runs by the room's schedule. Rows that are left over are *padding*: they compute over again what the first invocation
 of their block does, so that no value comes up in them that the batch does not have. Nothing takes their results,
-and the gradients that come to them are zero: so is what they add to the gradients of children and parameters.
+the gradients that come to them are zero, so that they add zero to those of parameters, and what they owe to children
+goes to a spare row that nothing reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +20,7 @@ from .requests import Leaving
 from .schedule import Group, Index, Named, Pile, Schedule, Segment, Use
 
 SPARE = 1
-"""Rows at the end of sums that padding adds to."""
+"""Rows at the end of tables of gradients, and of sums, that padding writes to."""
 LEAST = 8
 """Rooms for the invocations of a block at a level are multiples of this: on a GPU so few rows cost what one does."""
 
@@ -58,9 +59,11 @@ class Room:
         )
 
     def fits(self, batch: Room) -> bool:
-        """Say whether a batch has place and does not leave most of it empty."""
-        near = self.rows.shape[1] <= 2 * batch.rows.shape[1] + 8 and self.size <= 2 * batch.size + 2048
-        return near and self.holds(batch)
+        """Say whether a batch has place and leaves few levels, which cost most if they are narrow, and rows empty."""
+        levels = batch.rows.shape[1]
+        return (
+            self.rows.shape[1] <= levels + levels // 2 + 4 and self.size <= 2 * batch.size + 512 and self.holds(batch)
+        )
 
     def joined(self, other: Room) -> Room:
         """Return the least that holds both."""
@@ -73,9 +76,14 @@ class Room:
         )
 
     def widened(self) -> Room:
-        """Return one with an eighth more at each level, and a quarter more levels of blocks that have several."""
-        rows = np.where(self.rows > 0, -(-(self.rows + self.rows // 8) // LEAST) * LEAST, 0)
-        more = rows.shape[1] // 4
+        """Return one for other batches of such trees.
+
+        Sizes of trees, and where in a tree its invocations are, vary from batch to batch: an eighth more, and twice the
+        square root, which matters where there are few. Blocks that are at several levels get an eighth more levels.
+        """
+        wide = self.rows + self.rows // 8 + 2 * np.sqrt(self.rows).astype(np.int64)
+        rows = np.where(self.rows > 0, -(-wide // LEAST) * LEAST, 0)
+        more = rows.shape[1] // 8
         rows = np.concatenate([rows, np.zeros((len(rows), more), dtype=np.int64)], 1)
         for own in rows:
             held = np.flatnonzero(own)
@@ -104,8 +112,22 @@ class Room:
             for group, rows, own in zip(schedule.groups, starts, segments, strict=True)
         ]
         leaving = {leaving: np.zeros(count, dtype=np.int64) for leaving, count in self.leaving.items()}
+        sizes = {function: rows + SPARE for function, rows in sizes.items()}
+        once = {function: schedule.taken_once(function) for function in sizes}
         return Furnished(
-            schedule.device, groups, levels, _NONE, _NONE, _NONE, sizes, [], False, SPARE, leaving, source=source
+            schedule.device,
+            groups,
+            levels,
+            _NONE,
+            _NONE,
+            _NONE,
+            sizes,
+            [],
+            False,
+            SPARE,
+            leaving,
+            source=source,
+            once=once,
         )
 
 
@@ -114,14 +136,19 @@ class Furnished(Schedule):
     """The schedule of a room. It says how many rows there are of what, and `source` which they are."""
 
     source: Callable[[Named], Tensor] = field(kw_only=True)
+    once: Mapping[str, bool] = field(kw_only=True)
 
     def index(self, named: Named) -> Tensor:
         """Return an index as a tensor on the device."""
         return self.source(named)
 
+    def owed(self, group: int, places: tuple[int, ...]) -> Sequence[Tensor]:
+        """Return, by level, the rows that gradients are added to: not those of what padding takes."""
+        return self._split(Named(Use.OWED, places, group))
+
     def taken_once(self, function: str) -> bool:
-        """Say that results may go to several places: padding takes those of children that others take."""
-        return False
+        """Say whether each result of a function goes to one place at most in the batches that are put here."""
+        return self.once[function]
 
     def roots(self, table: Table) -> Index | None:
         """Say that each invocation adds to one result that leaves; `source` has which."""
@@ -166,15 +193,20 @@ class Padding:
                 return self._furnished.groups[number].rows
             case Use.CHILDREN:
                 return self._children(number, what)[self.sources[number]].reshape(-1)
+            case Use.OWED:
+                spare = self._furnished.sizes[self._callee(number, what)] - SPARE
+                return self._spread(number, self._children(number, what), spare).reshape(-1)
             case Use.ROOTS:
                 return self._spread(number, self._batch.numbers(named), self._furnished.count(what))
             case Use.LEAVING:
                 return self._leaving(what)
 
+    def _callee(self, number: int, places: tuple[int, ...]) -> str:
+        return self._batch.groups[number].block.callees[places[0]]
+
     def _children(self, number: int, places: tuple[int, ...]) -> Index:
         """Return, for each invocation of a block, the rows in the room of some of those that it made."""
-        group = self._batch.groups[number]
-        return self._moved[group.block.callees[places[0]]][group.child_rows[list(places)]].T
+        return self._moved[self._callee(number, places)][self._batch.groups[number].child_rows[list(places)]].T
 
     def _spread(self, number: int, held: Index, spare: int) -> Index:
         """Return what is given for the invocations of a block for its rows in the room, and `spare` for padding."""

@@ -31,6 +31,7 @@ class Use(Enum):
 
     ROWS = "the rows of a block's invocations in the tables"
     CHILDREN = "the rows of the invocations that each of a block's made, in turn: which of them"
+    OWED = "the same where gradients are added: which of them"
     ROOTS = "the number of the outermost call that each of a block's belongs to: Table"
     LEAVING = "the rows of results that leave: Leaving"
 
@@ -116,7 +117,7 @@ class Schedule:
     shared: bool
     """Whether results of one outermost call may be used by another."""
     spare: int = 0
-    """How many rows of sums belong to no result that leaves."""
+    """How many rows at the end of tables and of sums belong to no invocation; `sizes` counts them."""
     leaving: dict[Leaving, Index] = field(default_factory=dict[Leaving, Index])
     """The invocations whose results leave, in the order in which these do."""
     _uploaded: dict[Named, Tensor] = field(default_factory=dict[Named, Tensor])
@@ -157,7 +158,7 @@ class Schedule:
         match use:
             case Use.ROWS:
                 return self.groups[number].rows
-            case Use.CHILDREN:
+            case Use.CHILDREN | Use.OWED:
                 return np.ascontiguousarray(self.groups[number].child_rows[list(what)].T).reshape(-1)
             case Use.ROOTS:
                 roots = self.roots(what)
@@ -168,10 +169,16 @@ class Schedule:
 
     def children(self, group: int, places: tuple[int, ...]) -> Sequence[Tensor]:
         """Return, by level, the rows of some of the invocations that each of a block's made, in turn."""
-        named = Named(Use.CHILDREN, places, group)
+        return self._split(Named(Use.CHILDREN, places, group))
+
+    def owed(self, group: int, places: tuple[int, ...]) -> Sequence[Tensor]:
+        """Return, by level, the rows that gradients of these invocations are added to."""
+        return self.children(group, places)
+
+    def _split(self, named: Named) -> Sequence[Tensor]:
         known = self._by_level.get(named)
         if known is None:
-            sizes = [segment.rows * len(places) for segment in self.groups[group].segments]
+            sizes = [segment.rows * len(named.what) for segment in self.groups[named.group].segments]
             known = self._by_level[named] = self.index(named).split_with_sizes(sizes)
         return known
 

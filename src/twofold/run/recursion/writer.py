@@ -83,7 +83,7 @@ class Writer:
         held = self.name(node)
         if self._base(node) in self._joint.tangents:
             held += ".clone()"  # handed on as it is: rows of the table that is written to
-        give, table, rows = (self._link(role, link) for role in (Role.GIVE, Role.GRADIENTS, Role.CHILDREN))
+        give, table, rows = (self._link(role, link) for role in (Role.GIVE, Role.GRADIENTS, Role.OWED))
         self._lines.append(f"{give}({table}, 0, {rows}, {held})")
 
     def _base(self, node: fx.Node) -> fx.Node:
