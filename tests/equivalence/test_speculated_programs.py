@@ -7,6 +7,7 @@ from tests.differential import assert_same, function
 from tests.equivalence.test_programs import factory
 
 CALLS = 40
+MANY_CALLS = {"coin_flip": 100}
 SPECULATED = {
     "mlp": 35,
     "lenet": 35,
@@ -22,10 +23,10 @@ SPECULATED = {
     "lstm": 31,
     "pix2pix": 30,
     "grad_accumulation": 29,
-    "resnet50": 27,
+    "resnet50": 28,
     "lm": 27,
     "multi_path": 27,
-    "inception_v3": 26,
+    "inception_v3": 20,
     # Who learns is decided by a loss, late: a call that goes the other way is undone, and in the end none is tried.
     "adversarial": 20,
     # Each pattern of coins is a way of its own, to be met before it can be recorded, and again before it is converted.
@@ -39,8 +40,8 @@ REFUSED = {
     "actor_critic": "late_decision",
     # `state_dict` writes an attribute of a dictionary; behind it waits Gymnasium's Python.
     "a3c": "unsupported_object",
-    # The learning rate is set in the call that steps; behind it wait several steps in one call.
-    "ppo": "unsupported_object",
+    # Several steps in one call: what comes behind the first unit is decided by tensors.
+    "ppo": "late_decision",
 }
 """The code of the refusal that stands in the way; `no_graph` alone means that a way was not recorded yet."""
 
@@ -53,7 +54,7 @@ def test_every_program_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_program_is_speculated_or_refused_as_the_table_says(name: str) -> None:
     configuration = function(engine="speculation", backend="replay", numerics="exact", background=False)
-    report = assert_same(factory(name, "cpu"), CALLS, configuration)
+    report = assert_same(factory(name, "cpu"), MANY_CALLS.get(name, CALLS), configuration)
     codes = {refusal["code"] for refusal in report["refusals"]} - {"no_graph"}
     if name in REFUSED:
         assert codes == {REFUSED[name]}, report["refusals"]

@@ -248,7 +248,7 @@ def test_what_is_no_plain_draw_is_refused(what: str) -> None:
 
 def test_oracle_sees_draws_that_are_not_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def discard(unit: SpeculatedUnit) -> None:
-        unit._rewinds.clear()
+        unit._undo.clear()
         whole(unit)
 
     whole = SpeculatedUnit.discard

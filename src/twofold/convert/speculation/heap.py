@@ -78,6 +78,7 @@ class Heap:
         """What the dry run works on instead of foreign mutable objects, by their `id`; see `copy_of`."""
         self.changed: set[int] = set()
         """Foreign containers, by `id`, that effects of this call have changed."""
+        self._items_set: dict[int, dict[Any, Item]] = {}
         self._emptied: dict[int, Sequence | Mapping] = {}
         """Foreign lists and dictionaries, by `id`, that this call has emptied: what it has put into them since."""
         self.arrays_changed = False
@@ -244,6 +245,20 @@ class Heap:
         replaces = isinstance(held, list) or (isinstance(held, dict) and key in held)
         self._host.store(op, holder.value, constant(key), self._host.argument(item), replaces)
         self._known[address] = item
+        if op == "set_item":
+            self._items_set.setdefault(id(holder.object), {})[key] = item
+
+    def items_set(self, holder: Any) -> dict[Any, Item]:
+        """Return the items of an object from outside that this call has set, by their keys."""
+        return self._items_set.get(id(holder), {})
+
+    def written(self, held: Any) -> Outside | None:
+        """Return an object from outside if this call has written to it, or changed it as a whole."""
+        return self._written.get(id(held))
+
+    def is_changed(self, held: Any) -> bool:
+        """Whether this call has changed a container as a whole, or set items of a list."""
+        return id(held) in self.changed or (isinstance(held, list) and id(held) in self._written)
 
     def is_written(self, held: Any) -> bool:
         """Whether this call has written to an object, or changed it as a whole."""

@@ -38,6 +38,7 @@ from .speculation import (
     equal,
     give,
     instance,
+    put,
     read,
     settled,
     step,
@@ -45,6 +46,8 @@ from .speculation import (
 )
 
 _DEFAULT = Ambient()
+_OF_UNIT = (draw, give, put, step)
+"""Calls that show none of the program's objects to anything but the unit."""
 _MADE = (dict, OrderedDict, defaultdict)
 """Kinds of dictionaries that a call may make and hand out."""
 
@@ -146,6 +149,12 @@ class Host:
         for value in values_in((generator, *arguments, *keywords.values())):
             self._require_early(value)
         return self.call(draw, self.unit, number, generator, name, *arguments, keywords=keywords)
+
+    def put(self, holder: Value, key: str, value: Argument) -> None:
+        """Append the setting of an optimizer that steps in this call."""
+        for needed in values_in((value,)):
+            self._require_early(needed)
+        self.effect(put, self.unit, holder, key, value)
 
     def step(self, event: int) -> None:
         """Append the step of an optimizer that steps by itself."""

@@ -35,6 +35,7 @@ from .speculation import (
     give,
     instance,
     launch,
+    put,
     read,
     settled,
     step,
@@ -55,7 +56,7 @@ NEVER_RAISES: frozenset[Any] = frozenset(
 )  # fmt: skip
 """Calls that do not raise for the kinds of values they are made with: numbers that are read, texts, what was built."""
 
-_ON_UNIT = frozenset({draw, give, read, step, tensor, settled, launch, commit})
+_ON_UNIT = frozenset({draw, give, put, read, step, tensor, settled, launch, commit})
 _OF_IDENTITY = frozenset({operator.is_, operator.is_not, type, isinstance, id})
 _DIVISIONS = frozenset({operator.truediv, operator.floordiv, operator.mod})
 
@@ -126,6 +127,9 @@ class _Schedule:
             if self._must_be_early(node):
                 self._require(index)
         for index, node in enumerate(nodes):
+            if node.target is put:
+                self._read_before(index, node)
+        for index, node in enumerate(nodes):
             if index not in self.early and self._should_be_early(index, node):
                 self._require(index)
         stages = [[n for i, n in enumerate(nodes) if i in self.early and self.stages[i] == s] for s in range(3)]
@@ -140,7 +144,18 @@ class _Schedule:
         return graph
 
     def _must_be_early(self, node: Node) -> bool:
-        return node.op == "assert" or node.target in (draw, give, step, tensor) or _is_read_of(node, self.in_place)
+        return node.op == "assert" or node.target in (draw, give, put, step, tensor) or _is_read_of(node, self.in_place)
+
+    def _read_before(self, index: int, node: Node) -> None:
+        """Have what reads an optimizer's setting in the program before it is set there read it before it is set."""
+        if self.stages[index] != GUARD:  # parts of the unit are launched by then, on an accelerator perhaps all
+            raise Unschedulable("an optimizer is set by what the unit computes", node)
+        _, holder, key, _ = node.arguments
+        for other, reading in enumerate(self.graph.nodes[:index]):
+            if reading.op == "set_item" or reading.target is put or holder not in reading.operands:
+                continue
+            if reading.op != "get_item" or isinstance(reading.arguments[1], Value) or reading.arguments[1] == key:
+                self._require(other)
 
     def _should_be_early(self, index: int, node: Node) -> bool:
         """Whether a node may raise, and can be done before anything that it could notice has been changed."""

@@ -72,6 +72,9 @@ class Unit(Protocol):
         What `shuffle` returns is the list that it was given.
         """
 
+    def put(self, holder: dict[str, Any], key: str, value: Any) -> None:
+        """Set an optimizer before the unit is launched. Undone with the unit."""
+
     def tensor(self, slot: int) -> torch.Tensor:
         """Return the tensor that a call of the unit made, for Python to keep: one object for each slot."""
         ...
@@ -84,7 +87,7 @@ class Unit(Protocol):
 
 
 def give(unit: Unit, index: int, given: Any) -> None:
-    """See `Unit.give`. These five are the targets of the host graph's calls on the unit."""
+    """See `Unit.give`. These six are the targets of the host graph's calls on the unit."""
     unit.give(index, given)
 
 
@@ -101,6 +104,11 @@ def step(unit: Unit, event: int) -> None:
 def draw(unit: Unit, number: int, generator: Generator, name: str, *arguments: Any, **keywords: Any) -> Any:
     """See `Unit.draw`."""
     return unit.draw(number, generator, name, *arguments, **keywords)
+
+
+def put(unit: Unit, holder: dict[str, Any], key: str, value: Any) -> None:
+    """See `Unit.put`."""
+    unit.put(holder, key, value)
 
 
 def tensor(unit: Unit, slot: int) -> torch.Tensor:

@@ -40,6 +40,8 @@ class TorchCalls(Draws):
         """Tensors from outside of which Python has asked more than the unit checks."""
         self._guarded: set[int] = set()
         """Tensors of library modules, by `id`, that are assumed to be where they are."""
+        self._settings: dict[tuple[int, str], Item] = {}
+        """What optimizers were set to by this call, by group and key."""
         self.slot_items: dict[int, Tensor] = {}
         self._events = 0
         self._tensors_changed = False
@@ -115,7 +117,7 @@ class TorchCalls(Draws):
         self._events = len(passed)
         for node in passed:
             if node.event is None or node.kind in ("optimizer", "zero_grad"):
-                self._check_settings(node)
+                self._set_optimizer(node)
                 continue
             self._assume_statics(node)
             for index in node.fed:
@@ -125,11 +127,21 @@ class TorchCalls(Draws):
         self.walk.steps.clear()
         return fed
 
-    def _check_settings(self, node: PathNode) -> None:
-        """Refuse an optimizer that was set by this call: the step reads what is on the heap when it is launched."""
+    def _set_optimizer(self, node: PathNode) -> None:
+        """Set an optimizer as this call has set it: its step reads what is on the heap when it is launched."""
         optimizer: Any = None if node.event is None or node.kind == "zero_grad" else node.event.arguments[0]
-        if optimizer is not None and any(map(self.heap.is_written, (optimizer.param_groups, *optimizer.param_groups))):
-            raise self.refuse("unsupported_object", "an optimizer is set in the call that it steps in")
+        if optimizer is None:
+            return
+        if any(self.heap.is_changed(held) for held in (optimizer.param_groups, *optimizer.param_groups)):
+            raise self.refuse("unsupported_object", "groups of an optimizer are changed in the call that it steps in")
+        for group in optimizer.param_groups:
+            holder = self.heap.written(group)
+            for key, item in self.heap.items_set(group).items():
+                if holder is None or not isinstance(item, Known | Dynamic) or key == "params" or key not in group:
+                    raise self.refuse("unsupported_object", f"{key} of an optimizer is set where it steps")
+                if self._settings.get((id(group), key)) is not item:
+                    self._settings[id(group), key] = item
+                    self.host.put(holder.value, key, self.host.argument(item))
 
     def _assume_statics(self, node: PathNode) -> None:
         event: Any = node.event

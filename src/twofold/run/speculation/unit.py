@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -84,7 +86,7 @@ def _final_step(scheduled: Graph) -> Any:
 class SpeculatedUnit:
     """One call's tensor work; see `convert.speculation.speculation.Unit`. Used once."""
 
-    __slots__ = ("_feeds", "_given", "_outputs", "_rewinds", "_run", "_work", "failed_at", "is_committed")
+    __slots__ = ("_drawn", "_feeds", "_given", "_outputs", "_run", "_undo", "_work", "failed_at", "is_committed")
 
     def __init__(self, work: TensorWork) -> None:
         self._work = work
@@ -92,8 +94,9 @@ class SpeculatedUnit:
         self._feeds: dict[int, Any] = {}
         self._run: GraphRunner | None = None
         self._outputs: dict[int, torch.Tensor] | None = None
-        self._rewinds: list[tuple[Generator, Callable[[], None]]] = []
-        """The generators that were drawn from, each with how to put it back."""
+        self._drawn: list[Generator] = []
+        self._undo: list[Callable[[], object]] = []
+        """How to put back generators that were drawn from, and optimizers that were set."""
         self.failed_at: int | None = None
         """The assumption that did not hold."""
         self.is_committed = False
@@ -157,9 +160,15 @@ class SpeculatedUnit:
     def draw(self, number: int, generator: Generator, name: str, *arguments: Any, **keywords: Any) -> Any:
         """See `Unit.draw`."""
         del number
-        if not any(drawn is generator for drawn, _ in self._rewinds):
-            self._rewinds.append((generator, rewinding(generator)))
+        if not any(drawn is generator for drawn in self._drawn):
+            self._drawn.append(generator)
+            self._undo.append(rewinding(generator))
         return draw_by(generator, name, *arguments, **keywords)
+
+    def put(self, holder: dict[str, Any], key: str, value: Any) -> None:
+        """See `Unit.put`."""
+        self._undo.append(functools.partial(operator.setitem, holder, key, holder[key]))
+        holder[key] = value
 
     def launch(self, undoable: bool) -> None:
         """See `Unit.launch`."""
@@ -181,8 +190,9 @@ class SpeculatedUnit:
 
     def discard(self) -> None:
         """Put back all that was written, and the generators that were drawn from."""
-        for _, rewind in reversed(self._rewinds):
-            rewind()
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
         if self._run is not None:
             with torch.no_grad():
                 self._run.discard()

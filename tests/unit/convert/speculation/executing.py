@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import setitem
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from twofold.convert.speculation.speculation import (
     draw,
     draw_by,
     give,
+    put,
     read,
     rewinding,
     settled,
@@ -59,7 +62,8 @@ class Run:
         self.tensors: dict[int, torch.Tensor] = {}
         self.stepped: set[int] = set()
         self.drawn: dict[int, Any] = {}
-        self.rewinds: list[Callable[[], None]] = []
+        self.put_already: set[tuple[int, str]] = set()
+        self.rewinds: list[Callable[[], object]] = []
 
     def give(self, index: int, given: Any) -> None:
         if index in self.feeds:
@@ -100,6 +104,12 @@ class Run:
             self.rewinds.append(rewinding(generator))
             self.drawn[number] = draw_by(generator, name, *arguments, **keywords)
         return self.drawn[number]
+
+    def put(self, holder: dict[str, Any], key: str, value: Any) -> None:
+        if (id(holder), key) not in self.put_already:
+            self.put_already.add((id(holder), key))
+            self.rewinds.append(partial(setitem, holder, key, holder[key]))
+            holder[key] = value
 
     def discard(self) -> None:
         self.run.discard()
@@ -158,7 +168,7 @@ def decisions(speculation: Speculation) -> tuple[Any, ...]:
     needed: set[Any] = set()
     kept: list[Any] = []
     for node in reversed(speculation.host.nodes):
-        decides = node.op == "assert" or node.target in (draw, give, read, step)
+        decides = node.op == "assert" or node.target in (draw, give, put, read, step)
         waits = not late.isdisjoint(node.operands) or not late.isdisjoint(node.results)
         if not waits and (decides or not needed.isdisjoint(node.results)):
             needed.update(node.operands)

@@ -120,9 +120,9 @@ def files(parts: Parts) -> Callable[..., Any]:
 
 
 @refused("unsupported_object", "self.optimizer.step()")
-def learning_rate_set_before_the_step(parts: Parts) -> Callable[..., Any]:
+def group_updated_before_the_step(parts: Parts) -> Callable[..., Any]:
     def step(number, x, y):
-        parts.optimizer.param_groups[0]["lr"] = 0.1 / (number + 1)
+        parts.optimizer.param_groups[0].update(lr=0.1 / (number + 1))
         return parts.train(x, y)
 
     return step
