@@ -212,4 +212,10 @@ PENDING = Pending()
 @functools.cache
 def flush_before_unheard_code() -> None:
     """Have everything that waits computed before an optimizer changes parameters, or code takes tensors unheard."""
-    call_before_unheard_code(PENDING.flush)
+    call_before_unheard_code(_flush_unless_planning)
+
+
+def _flush_unless_planning() -> None:
+    """Flush; not while calls are planned, when the batch itself computes what planners read."""
+    if not PENDING.planning:
+        PENDING.flush()
