@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from types import MethodType
 from typing import Any, overload
 from weakref import WeakKeyDictionary
@@ -160,12 +162,15 @@ class _World:
     def __init__(self, converted: Converted, slices: Slices) -> None:
         self._outer = list({outer.key: outer for outer in (*converted.assumed, *slices.assumed)}.values())
         modules = [o.object for o in self._outer if isinstance(o.object, torch.nn.Module)]
-        self._modules = [part for module in modules for part in module.modules()]
+        self._modules = list({id(part): part for module in modules for part in module.modules()}.values())
+        self._contents = [held.values() for part in self._modules for held in _CONTENTS(part)]
         self._state = self._read_state()
 
     def holds(self) -> bool:
         """Say whether all of it is as it was."""
-        return all(map(_unchanged, self._outer)) and self._read_state() == self._state
+        state = self._read_state()
+        same = len(state) == len(self._state) and all(map(operator.is_, state, self._state))
+        return same and all(map(_unchanged, self._outer))
 
     def changed_numbers(self) -> frozenset[tuple[Any, ...]]:
         """Return the keys of numbers that are no longer what they were."""
@@ -176,16 +181,19 @@ class _World:
         )
 
     def _read_state(self) -> list[Any]:
-        """Read what all modules are like. Each names its own, so that one put in another's place is noticed."""
-        state: list[Any] = [torch.get_default_dtype()]
-        for part in self._modules:
-            state.append(part.training)
-            state.extend(map(id, part._parameters.values()))
-            state.extend(map(id, part._modules.values()))
-            state.append(len(part._forward_hooks) + len(part._forward_pre_hooks))
-            state.append(len(part._backward_hooks) + len(part._backward_pre_hooks))
-        return state
+        """Read what all modules are like: objects that are the same while nothing has changed.
 
+        It is read at each call, so it is done without a line of Python for each module.
+        """
+        dtype, modules = torch.get_default_dtype(), self._modules
+        return [dtype, *map(_TRAINING, modules), *chain(*map(_CONTENTS, modules)), *chain(*self._contents)]
+
+
+_TRAINING = operator.attrgetter("training")
+_CONTENTS = operator.attrgetter(
+    "_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
+"""Of a module: its parameters, its own modules, and what is called beside its forward and backward."""
 
 _COMPARED = (int, float, str, MethodType)
 

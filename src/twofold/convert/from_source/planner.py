@@ -11,8 +11,9 @@ are computed from, and the tensors that the host keeps:
     emit(block, invocations, host_values, kept)
 
 Where all decisions are choices, the code after a choice is written once for each side, and the block of each way
-through is known in advance. Otherwise, and where a function is cut, decisions are collected in a list and the block is
-looked up. `cut` emits the pieces and arguments that a call is given.
+through is known in advance; its invocations are added to what waits without that call. Otherwise, and where a function
+is cut, decisions are collected in a list and the block is looked up. `cut` emits the pieces and arguments that a call
+is given.
 
 Where the host reads values of tensors there is a third form, `wave_f`, alone: a generator function that also waits for
 these. A call is then handed a frame at once, whose results are waited for where they are used, so that calls next to
@@ -42,7 +43,7 @@ from .blocks import (
 )
 from .convert import Converted
 from .functions import Source
-from .planner_text import PlannerText
+from .planner_text import PLAIN, PlannerText, Waiting
 from .slices import Kind, Slices
 
 MOST_WAYS = 32
@@ -71,16 +72,16 @@ def planner_source(
     converted: Converted,
     slices: Slices,
     function: str,
-    block_of: Callable[[tuple[Any, ...]], Any],
+    block_of: Callable[[tuple[Any, ...]], Waiting],
     runtime: dict[str, Any],
 ) -> PlannerSource:
     """Return the planners of a function.
 
-    `block_of` returns what `emit` is to be told for a sequence of decisions. `runtime` has `emit`; `keep`, which
-    makes the object that the host keeps in place of a tensor that is not there yet; `drive`, which runs a
-    generator planner; and `cut`, `fetch` and `finish`, see `run.recursion.pieces`.
+    `block_of` returns what `emit` is to be told for a sequence of decisions. `runtime` has `emit`, and `heights`, the
+    level of each invocation emitted; `keep`, which makes the object that the host keeps in place of a tensor that is
+    not there yet; `drive`, which runs a generator planner; and `cut`, `fetch` and `finish`, see `run.recursion.pieces`.
     """
-    objects: dict[str, Any] = dict(runtime)
+    objects: dict[str, Any] = {**runtime, "plain": PLAIN}
     forms = ("wave",) if slices.fetches else ("walk", "plan")
     writers = [_Generator(converted, slices, function, objects, form, block_of=block_of) for form in forms]
     text = "".join(writer.planner() for writer in writers)
@@ -99,7 +100,7 @@ class _Way:
 
 @dataclass
 class _Generator(PlannerText):
-    block_of: Callable[[tuple[Any, ...]], Any] = field(kw_only=True)
+    block_of: Callable[[tuple[Any, ...]], Waiting] = field(kw_only=True)
 
     def planner(self) -> str:
         """Generate the planner."""
@@ -336,14 +337,31 @@ class _Generator(PlannerText):
             told = "find(tuple(decisions)), invocations, hosts, kept"
             self.objects["find"] = self.block_of
         else:
-            block = self.object(self.block_of(way.decisions))
-            told = ", ".join([block, *map(_display, (way.invocations, way.hosts, way.kept))])
-        emitted = f"emit({told})"
-        handed = f"({', '.join([emitted, *hosts])})" if hosts else emitted
-        if self.form == "wave":
-            handed = f"{emitted}, ({''.join(host + ', ' for host in hosts)})"
-        self.line(f"{'yield' if self.form == 'plan' else 'return'} {handed}")
+            pile = self.block_of(way.decisions)
+            if not way.kept and not pile.steering:
+                way = replace(way, hosts=tuple(map(self.named, way.hosts)))
+                self._append(way, pile, hosts)
+                if not way.hosts:
+                    return way
+            told = ", ".join([self.object(pile), *map(_display, (way.invocations, way.hosts, way.kept))])
+        self._hand(f"emit({told})", hosts)
         return way
+
+    def _hand(self, number: str, hosts: list[str]) -> None:
+        """Generate the end of a planner: the invocation's number, and the results that are no tensors."""
+        handed = f"({', '.join([number, *hosts])})" if hosts else number
+        if self.form == "wave":
+            handed = f"{number}, ({''.join(host + ', ' for host in hosts)})"
+        self.line(f"{'yield' if self.form == 'plan' else 'return'} {handed}")
+
+    def _append(self, way: _Way, pile: Waiting, hosts: list[str]) -> None:
+        """Generate what `emit` does where host values are plain numbers, in a third of the time; the call follows."""
+        if way.hosts:
+            self.line(f"if {' and '.join(f'type({host}) in plain' for host in way.hosts)}:")
+            self.depth += 1
+        number = self.add(pile, way.invocations, way.hosts)
+        self._hand(number, hosts)
+        self.depth -= bool(way.hosts)
 
 
 def _display(names: tuple[str, ...]) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from twofold.convert.python_text import operation
 from twofold.graph import Argument, Constant, Node, Value
@@ -28,6 +28,34 @@ def unshared(held: Any) -> Any:
     if isinstance(held, list | dict | set):
         raise TypeError("a container is changed by calls that run at the same time")
     return held
+
+
+class Waiting(Protocol):
+    """The invocations of a block that wait, as columns that stay the same objects."""
+
+    @property
+    def steering(self) -> tuple[int, ...]:
+        """Which host values `emit` has to see."""
+        ...
+
+    @property
+    def tasks(self) -> list[int]:
+        """Their numbers."""
+        ...
+
+    @property
+    def invocations(self) -> Sequence[list[int]]:
+        """The invocations that each made."""
+        ...
+
+    @property
+    def hosts(self) -> Sequence[list[Any]]:
+        """Their host values."""
+        ...
+
+
+PLAIN = frozenset({int, float, bool})
+"""Types of host values that need no look: no tensors, and not to be changed later."""
 
 
 @dataclass
@@ -84,6 +112,30 @@ class PlannerText:
         name = f"c{len(self.objects)}"
         self.objects[name] = held
         return name
+
+    def named(self, expression: str) -> str:
+        """Return a name for what an expression is."""
+        if expression.isidentifier():
+            return expression
+        name = self.new("h")
+        self.line(f"{name} = {expression}")
+        return name
+
+    def add(self, pile: Waiting, invocations: Sequence[str], hosts: Sequence[str]) -> str:
+        """Add an invocation to those that wait; return the name of its number."""
+        number, level = self.new("n"), "0"
+        self.line(f"{number} = len(heights)")
+        if invocations:
+            level = self.new("m")
+            self.line(f"{level} = heights[{invocations[0]}]")
+            for made in invocations[1:]:
+                self.line(f"if heights[{made}] > {level}: {level} = heights[{made}]")
+            level += " + 1"
+        self.line(f"heights.append({level})")
+        columns = zip((pile.tasks, *pile.invocations, *pile.hosts), (number, *invocations, *hosts), strict=True)
+        for column, value in columns:
+            self.line(f"{self.object(column)}.append({value})")
+        return number
 
     def text(self, argument: Argument) -> str:
         """Return the expression of an argument; tensors are None."""

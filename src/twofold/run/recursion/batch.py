@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -57,7 +58,8 @@ class Batch:
     def __init__(self, program: Owner) -> None:
         self._program = program
         self._grad = True
-        self._levels: list[int] = []
+        self.levels: list[int] = []
+        """Of each invocation. Planners add to it as `emit` does."""
         self._piles: dict[RunnableBlock, Pile] = {}
         self._wanted: list[tuple[Request, weakref.ref[Deferred]]] = []
         self._keepers: dict[int, RunnableBlock] = {}
@@ -73,9 +75,9 @@ class Batch:
 
     def begin(self) -> None:
         """Take up a call made from ordinary Python."""
-        if not self._planning and self._levels and self._grad != torch.is_grad_enabled():
+        if not self._planning and self.levels and self._grad != torch.is_grad_enabled():
             PENDING.flush()
-        if not self._levels:
+        if not self.levels:
             self._grad, self._versions = torch.is_grad_enabled(), self._program.versions()
         self._planning += 1
         PENDING.planning += 1
@@ -87,12 +89,13 @@ class Batch:
 
     def mark(self) -> int:
         """Return a mark to `rewind` to."""
-        return len(self._levels)
+        return len(self.levels)
 
     def rewind(self, mark: int) -> None:
         """Drop the invocations emitted since the mark: their call has failed."""
-        split_off(self._piles.values(), set(range(mark, len(self._levels))))
-        del self._levels[mark:]
+        for pile in self._piles.values():
+            pile.drop(mark)
+        del self.levels[mark:]
         self._known = {number: known for number, known in self._known.items() if number < mark}
         self._wanted = [wanted for wanted in self._wanted if wanted[0].task < mark]
         self._keepers = {number: block for number, block in self._keepers.items() if number < mark}
@@ -101,7 +104,7 @@ class Batch:
         """Return where the invocations of a block wait."""
         known = self._piles.get(block)
         if known is None:
-            known = self._piles[block] = Pile(block, block.constant_hosts)
+            known = self._piles[block] = Pile.of(block)
         return known
 
     def emit(self, pile: Pile, invocations: Sequence[int], hosts: Sequence[Any], kept: Sequence[Deferred]) -> int:
@@ -118,16 +121,10 @@ class Batch:
         if steering := pile.steering:
             pile = self.pile(pile.block.variant(hosts))
             hosts = [host for index, host in enumerate(hosts) if index not in steering]
-        levels = self._levels
+        levels = self.levels
         number = len(levels)
-        top = -1
-        for child in invocations:
-            if levels[child] > top:
-                top = levels[child]
-        levels.append(top + 1)
-        pile.tasks.append(number)
-        pile.invocations.append(invocations)
-        pile.hosts.append(hosts)
+        levels.append(1 + max([levels[child] for child in invocations], default=-1))
+        pile.add(number, invocations, hosts)
         if kept:
             self._keepers[number] = pile.block
             first = len(pile.block.block.results) - len(kept)
@@ -199,12 +196,8 @@ class Batch:
         While a call is being planned (its own Python asks for a value) the invocations stay, since others will take
         results from them, and are computed again with those.
         """
-        levels, wanted, known, versions = self._levels[:], self._wanted, self._known, self._versions
-        piles = [
-            Pile(pile.block, pile.steering, pile.tasks, pile.invocations, pile.hosts)
-            for pile in self._piles.values()
-            if pile.tasks
-        ]
+        levels, wanted, known, versions = self.levels[:], self._wanted, self._known, self._versions
+        piles = [pile.copy() for pile in self._piles.values() if pile.tasks]
         self._wanted = []
         shared, tensors = self._shared, self._held
         if not self._planning:
@@ -235,11 +228,11 @@ class Batch:
             )
 
     def _clear(self) -> None:
-        self._levels.clear()
+        self.levels.clear()
         self._shared = False
         self._known, self._held, self._keepers = {}, [], {}
         for pile in self._piles.values():
-            pile.tasks, pile.invocations, pile.hosts = [], [], []
+            pile.drop(0)
 
     def _compute(self, piles: list[Pile], levels: list[int], requests: list[Request], shared: bool) -> Sequence[Tensor]:
         """Compute invocations; return the requested tensors."""
@@ -353,20 +346,18 @@ def _all_outputs(schedule: Schedule) -> Bundles:
 def _columns(group: Group, device: torch.device) -> list[Column]:
     if not group.block.block.hosts:
         return []
-    order = group.order.tolist()
     if isinstance(group.pile, GivenPile):
-        return [group.pile.column(index, order, device) for index in range(group.block.block.hosts)]
-    rows = [group.pile.hosts[position] for position in order]
-    return [column(values) for values in zip(*rows, strict=True)]
+        return [group.pile.column(index, group.order, device) for index in range(group.block.block.hosts)]
+    return [column(values, group.order) for values in group.pile.hosts]
 
 
 def one_by_one(piles: list[Pile], count: int, samples: dict[Table, Sample]) -> list[list[Any]]:
     """Run each invocation by itself, with eager's own operations and history; note what results are like."""
     work: list[Any] = [None] * count
     for pile in piles:
-        known = pile.known if isinstance(pile, GivenPile) else [None] * len(pile.tasks)
-        for number, *rest in zip(pile.tasks, known, pile.invocations, pile.hosts, strict=True):
-            work[number] = pile.block, *rest
+        known = pile.known if isinstance(pile, GivenPile) else itertools.repeat(None)
+        for (number, *rest), held in zip(pile.rows(), known, strict=False):
+            work[number] = pile.block, held, *rest
     outputs: list[list[Any]] = []
     for block, known, invocations, hosts in work:
         if known is not None:

@@ -19,7 +19,7 @@ from twofold.errors import TwofoldError
 from twofold.graph import SubGraph, Value
 
 from .blocks import RunnableBlock
-from .schedule import Pile, upload
+from .schedule import Index, Pile, upload
 from .vectorize import NotBatchableError
 
 
@@ -59,18 +59,18 @@ def own(value: Any) -> Tensor:
 
 @dataclass(eq=False)
 class GivenPile(Pile):
-    """Invocations whose results are known."""
+    """Invocations whose results are known. These stand for their host values."""
 
     known: Sequence[Known] = ()
 
-    def column(self, index: int, order: Sequence[int], device: torch.device) -> Tensor:
+    def column(self, index: int, order: Index, device: torch.device) -> Tensor:
         """Return one of their results, a row each. Raises `NotBatchableError`."""
         result = self.block.block.results[index]
         sources: dict[int, Tensor] = {}
         starts: dict[int, int] = {}
         rows: list[int] = []
         count = 0
-        for known in (self.known[number] for number in order):
+        for known in (self.known[number] for number in order.tolist()):
             held = known.source(result)
             if not isinstance(held, Tensor):
                 raise NotBatchableError(f"a {type(held).__name__} is handed on within {self.block.function}")
@@ -97,7 +97,7 @@ class Part:
 
 def needed_for(piles: Iterable[Pile], wanted: Iterable[int], known: dict[int, Known]) -> set[int]:
     """Return the invocations that have to be computed for those that are wanted."""
-    made = {n: made for pile in piles for n, made in zip(pile.tasks, pile.invocations, strict=True)}
+    made = {number: made for pile in piles for number, made, _ in pile.rows()}
     waiting, found = list(wanted), set[int]()
     while waiting:
         number = waiting.pop()
@@ -111,13 +111,11 @@ def split_off(piles: Iterable[Pile], chosen: set[int]) -> list[Pile]:
     """Take invocations out of piles; return them in piles of their own."""
     taken: list[Pile] = []
     for pile in piles:
-        parts = Pile(pile.block, pile.steering), Pile(pile.block, pile.steering)
-        for task, made, hosts in zip(pile.tasks, pile.invocations, pile.hosts, strict=True):
-            part = parts[task in chosen]
-            part.tasks.append(task)
-            part.invocations.append(made)
-            part.hosts.append(hosts)
-        pile.tasks, pile.invocations, pile.hosts = parts[0].tasks, parts[0].invocations, parts[0].hosts
+        parts = Pile.of(pile.block), Pile.of(pile.block)
+        for row in pile.rows():
+            parts[row[0] in chosen].add(*row)
+        for column, kept in zip(pile.columns, parts[0].columns, strict=True):
+            column[:] = kept
         if parts[1].tasks:
             taken.append(parts[1])
     return taken
@@ -125,7 +123,7 @@ def split_off(piles: Iterable[Pile], chosen: set[int]) -> list[Pile]:
 
 def make_part(piles: Sequence[Pile], known: dict[int, Known], given_blocks: dict[Any, RunnableBlock]) -> Part:
     """Number invocations anew, those first whose results are known and taken by others."""
-    children = {n: made for pile in piles for n, made in zip(pile.tasks, pile.invocations, strict=True)}
+    children = {number: made for pile in piles for number, made, _ in pile.rows()}
     given = _given(piles, known, given_blocks)
     order = [*(number for pile in given for number in pile.tasks), *sorted(children)]
     local = {number: index for index, number in enumerate(order)}
@@ -134,18 +132,12 @@ def make_part(piles: Sequence[Pile], known: dict[int, Known], given_blocks: dict
         levels.append(
             1 + max((levels[local[child]] for child in children.get(number, ()) if child in local), default=-1)
         )
-    renumbered: list[Pile] = []
-    for pile in given:
-        renumbered.append(
-            GivenPile(
-                pile.block, pile.steering, [local[n] for n in pile.tasks], pile.invocations, pile.hosts, pile.known
-            )
-        )
+    renumbered: list[Pile] = [
+        GivenPile(pile.block, [local[n] for n in pile.tasks], (), (), pile.known) for pile in given
+    ]
     for pile in piles:
-        invocations: list[Sequence[int]] = [
-            [local.get(child, 0) for child in children] for children in pile.invocations
-        ]
-        renumbered.append(Pile(pile.block, pile.steering, [local[n] for n in pile.tasks], invocations, pile.hosts))
+        made = [[local.get(child, 0) for child in column] for column in pile.invocations]
+        renumbered.append(Pile(pile.block, [local[n] for n in pile.tasks], made, pile.hosts))
     return Part(renumbered, levels, local)
 
 
@@ -155,8 +147,8 @@ def _given(piles: Sequence[Pile], known: dict[int, Known], given_blocks: dict[An
     results: dict[str, set[int]] = {}
     for pile in piles:
         for operand in pile.block.operands:
-            for made in pile.invocations:
-                if (number := made[operand.invocation]) in known:
+            for number in pile.invocations[operand.invocation]:
+                if number in known:
                     taken.setdefault(operand.callee, {})[number] = None
                     results.setdefault(operand.callee, set()).add(operand.result)
     made_piles: list[GivenPile] = []
@@ -164,9 +156,7 @@ def _given(piles: Sequence[Pile], known: dict[int, Known], given_blocks: dict[An
         key = function, tuple(sorted(results[function]))
         block = given_blocks.setdefault(key, RunnableBlock(_given_block(*key)))
         tasks = list(numbers)
-        made_piles.append(
-            GivenPile(block, (), tasks, [()] * len(tasks), [()] * len(tasks), [known[number] for number in tasks])
-        )
+        made_piles.append(GivenPile(block, tasks, (), (), [known[number] for number in tasks]))
     return made_piles
 
 

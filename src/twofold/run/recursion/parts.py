@@ -75,6 +75,8 @@ class Role(Enum):
     """What a parameter of a stage's function stands for. What it says of is in the second place of an argument."""
 
     PART = "rows of a value: Crossing"
+    VIEW = "rows of a view of a value: View"
+    CONSTANT = "a view of a tensor from outside: Fixed"
     TABLE = "a table of results: Link"
     CHILDREN = "which rows of it: Link"
     OWED = "which rows of a table of gradients: Link"
@@ -82,16 +84,35 @@ class Role(Enum):
     GIVE = "how gradients are added to it: Link"
 
 
+@dataclass(frozen=True)
+class View:
+    """A view of a value that keeps its rows apart, `each` for an invocation: `make(n, rows)` for `n` invocations."""
+
+    crossing: Crossing
+    each: int
+    make: Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A view of a tensor from outside, the same for all rows."""
+
+    tensor: Tensor
+    make: Callable[[int, Tensor], Tensor]
+
+
 @dataclass
 class StageCode:
     """One stage as a function `run(n, *arguments)` of `n` invocations.
 
-    `kept` are the values that it writes to where they stay; `given` names what it returns.
+    `kept` are the values that it writes to where they stay, `inside` those that lie in the memory of one of them;
+    `given` names what it returns.
     """
 
     run: Callable[..., tuple[Any, ...]]
     arguments: list[tuple[Role, Any]]
     kept: list[Crossing]
+    inside: dict[str, View]
     given: list[str]
     text: str
 
@@ -120,5 +141,5 @@ class Staged:
     def backward(self) -> frozenset[str]:
         """The names of values that only backward makes."""
         codes = [self.stages[stage] for stage in (Stage.TURN, Stage.BACK, Stage.FINISH)]
-        made = [*(name for code in codes for name in code.given), *(kept.name for code in codes for kept in code.kept)]
+        made = [*(name for code in codes for name in (*code.given, *code.inside, *(kept.name for kept in code.kept)))]
         return frozenset([*made, *(name for name in self.tangents if name is not None)])

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from .blocks import RunnableBlock
 from .factors import Table
 from .parts import Staged
-from .schedule import integers
+from .schedule import Index, integers
 from .stages import Cut, own_term
 from .vectorize import Joint, NotBatchableError, Sample, trace_joint
 
@@ -39,9 +39,14 @@ class Tables:
     summed: frozenset[Table] = frozenset()
     chained: frozenset[Table] = frozenset()
     not_summed: set[Table] = field(default_factory=set[Table])
+    _state: tuple[int, ...] = ()
 
     def update(self, blocks: Sequence[RunnableBlock]) -> None:
-        """Take note of who takes what from whom."""
+        """Take note of who takes what from whom. Blocks never become fewer."""
+        state = len(blocks), len(self.samples), len(self.not_summed)
+        if state == self._state:
+            return
+        self._state = state
         taken = {(o.callee, o.result) for block in blocks for o in block.operands} & self.samples.keys()
         foreign = {(o.callee, o.result) for block in blocks for o in block.operands if o.callee != block.function}
         sums = taken - foreign - self.not_summed
@@ -53,11 +58,11 @@ Column = Tensor | NDArray[Any]
 """The host values of all invocations, a row each: numbers as an array on the host, tensors where they are."""
 
 
-def column(values: Sequence[Any]) -> Column:
-    """Make one column of host values. Raises `NotBatchableError`."""
+def column(values: Sequence[Any], order: Index) -> Column:
+    """Make one column of host values, in an order. Raises `NotBatchableError`."""
     kinds = set(map(type, values))
     if any(issubclass(kind, Tensor) for kind in kinds):
-        return _stacked(values)
+        return _stacked([values[position] for position in order.tolist()])
     if len(kinds) > 1 or not kinds <= {int, float, bool, list, tuple}:
         raise NotBatchableError(f"host values of types {', '.join(sorted(kind.__name__ for kind in kinds))}")
     try:
@@ -66,7 +71,7 @@ def column(values: Sequence[Any]) -> Column:
         raise NotBatchableError(f"host values of several shapes, or too large: {error}") from None
     if held.dtype.kind not in "bif":
         raise NotBatchableError(f"host values of dtype {held.dtype}")
-    return held
+    return held[order]
 
 
 def sample(held: Column, device: torch.device, differentiate: bool) -> Sample:
@@ -76,13 +81,13 @@ def sample(held: Column, device: torch.device, differentiate: bool) -> Sample:
     return Sample(tuple(held.shape[1:]), torch.from_numpy(held[:0]).dtype, device, False)
 
 
-def _stacked(values: Sequence[Any]) -> Tensor:
+def _stacked(values: list[Any]) -> Tensor:
     if not all(isinstance(value, Tensor) for value in values):
         raise NotBatchableError("some host values are tensors and some are not")
     first = values[0]
     if any(value.shape != first.shape or value.dtype != first.dtype for value in values):
         raise NotBatchableError("tensors of several shapes or dtypes")
-    return torch.stack(list(values))
+    return torch.stack(values)
 
 
 def stage_group(block: RunnableBlock, hosts: Sequence[Sample], tables: Tables, differentiate: bool) -> Staged:

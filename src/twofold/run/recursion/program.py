@@ -78,8 +78,8 @@ class Program:
 
             pieces = Pieces(self, name)
             cut, fetch, finish = pieces.waiting if self.slices.fetches else pieces.at_once
-            runtime: dict[str, Any] = {"emit": self.batch.emit, "keep": defer, "drive": drive, "Late": Late}
-            runtime.update(cut=cut, fetch=fetch, finish=finish)
+            runtime: dict[str, Any] = {"emit": self.batch.emit, "heights": self.batch.levels, "keep": defer}
+            runtime.update(drive=drive, Late=Late, cut=cut, fetch=fetch, finish=finish)
             source = planner_source(self.converted, self.slices, name, block_of, runtime)
             scope = {**source.objects}
             function = self.converted.functions[name].source

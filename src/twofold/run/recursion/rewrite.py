@@ -44,6 +44,25 @@ def _alike(*nodes: Any) -> bool:
     )
 
 
+def merge_equal(graph: fx.Graph) -> None:
+    """Compute once what is the same operation on the same arguments; none has an effect or draws random numbers."""
+    known: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            first = known.setdefault((node.target, _hashable(node.args), _hashable(node.kwargs)), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+
+
+def _hashable(argument: Any) -> Any:
+    if isinstance(argument, tuple | list):
+        return type(argument), tuple(map(_hashable, argument))
+    if isinstance(argument, dict):
+        return tuple((name, _hashable(held)) for name, held in argument.items())
+    return argument if isinstance(argument, fx.Node) else (type(argument), argument)
+
+
 def join_gates(graph: fx.Graph) -> None:
     """Apply a function once to neighbouring chunks of a split to each of which, and nothing else, it is applied."""
     for split in list(graph.nodes):

@@ -108,7 +108,7 @@ class Room:
                     starts[number] += rows
                     sizes[function] += rows
         groups = [
-            Group(group.number, Pile(group.block, ()), np.arange(rows), _rows(own), _NONE, own)
+            Group(group.number, Pile.of(group.block), np.arange(rows), _rows(own), _NONE, own)
             for group, rows, own in zip(schedule.groups, starts, segments, strict=True)
         ]
         leaving = {leaving: np.zeros(count, dtype=np.int64) for leaving, count in self.leaving.items()}

@@ -7,9 +7,10 @@ neighbouring rows of a table of the function's results.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
@@ -48,14 +49,50 @@ class Named(NamedTuple):
 class Pile:
     """The invocations of one block that wait: their numbers, the invocations they made, their host values.
 
-    `steering` are the block's `constant_hosts`.
+    The latter two are columns: a list for each invocation that one makes, and for each host value. Planners hold the
+    lists and add to them, so they stay the same objects.
     """
 
     block: RunnableBlock
-    steering: tuple[int, ...]
-    tasks: list[int] = field(default_factory=list[int])
-    invocations: list[Sequence[int]] = field(default_factory=list[Sequence[int]])
-    hosts: list[Sequence[Any]] = field(default_factory=list[Sequence[Any]])
+    tasks: list[int]
+    invocations: Sequence[list[int]]
+    hosts: Sequence[list[Any]]
+
+    @classmethod
+    def of(cls, block: RunnableBlock) -> Pile:
+        """Make a pile of none."""
+        return cls(block, [], [[] for _ in block.callees], [[] for _ in range(block.block.hosts)])
+
+    @property
+    def steering(self) -> tuple[int, ...]:
+        """Which host values choose a variant of the block, for which invocations wait instead."""
+        return self.block.constant_hosts
+
+    @property
+    def columns(self) -> tuple[list[Any], ...]:
+        """All lists."""
+        return self.tasks, *self.invocations, *self.hosts
+
+    def rows(self) -> Iterator[tuple[int, Sequence[int], Sequence[Any]]]:
+        """Yield the number of each, the invocations it made, and its host values."""
+        nothing = itertools.repeat(())
+        made = zip(*self.invocations, strict=True) if self.invocations else nothing
+        return zip(self.tasks, made, zip(*self.hosts, strict=True) if self.hosts else nothing, strict=False)
+
+    def add(self, number: int, invocations: Sequence[int], hosts: Sequence[Any]) -> None:
+        """Add an invocation."""
+        for column, value in zip(self.columns, (number, *invocations, *hosts), strict=True):
+            column.append(value)
+
+    def drop(self, first: int) -> None:
+        """Drop the invocations from a number on, one of them perhaps added in part when an interrupt came."""
+        kept = bisect.bisect_left(self.tasks, first)
+        for column in self.columns:
+            del column[kept:]
+
+    def copy(self) -> Pile:
+        """Return a pile of the same invocations."""
+        return Pile(self.block, self.tasks[:], [c[:] for c in self.invocations], [c[:] for c in self.hosts])
 
 
 class Segment(NamedTuple):
@@ -266,9 +303,8 @@ def _children(schedule: Schedule) -> None:
     """Look up the rows of the invocations that each one made."""
     for group in schedule.groups:
         if group.block.callees:
-            made = integers(itertools.chain.from_iterable(group.pile.invocations))
-            numbers = made.reshape(-1, len(group.block.callees))[group.order]
-            group.child_rows = schedule.row[numbers].T
+            made = np.stack([integers(column) for column in group.pile.invocations])
+            group.child_rows = schedule.row[made[:, group.order]]
 
 
 _NONE: Index = np.empty(0, dtype=np.int64)

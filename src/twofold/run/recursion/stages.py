@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from .factors import Link, Table, hoist_factors, join_children, join_gradients, join_views
 from .parts import BY_LEVEL, Crossing, Stage, StageCode, Staged, is_view
 from .vectorize import Joint, NotBatchableError, Rows
-from .writer import Writer
+from .views import in_place
+from .writer import Writer, writes
 
 aten = torch.ops.aten
 
@@ -231,19 +232,39 @@ class Cut:
         results = [node for index, node in enumerate(self.joint.wanted[0]) if index in self.written]
         rows = made if stage in BY_LEVEL else results if stage is Stage.BEFORE else []
         kept = [node for node in rows if self.stage.get(node) is stage and self.crossings[node].dimension == 0]
-        if stage is Stage.LEVEL:
-            kept += [node for node in self.children if node in self.gathered and node in self.crossings]
-        writer = Writer(self.joint, self.stage, stage, self.children, kept)
+        inside: dict[fx.Node, fx.Node] = {}
+        if stage in BY_LEVEL:
+            inside = self._make_rooms(stage, kept)
+        writer = Writer(self.joint, self.stage, stage, self.children, kept, inside)
         for node in self.joint.graph.nodes:
             if self.stage.get(node) is stage and (node in kept or not is_view(node)):
                 writer.node(node)
         if stage is Stage.BACK:
             for link, node in self.owed:
                 writer.give(link, node)
-        returned = [node for node in made if node not in kept]
+        returned = [node for node in made if node not in kept and node not in inside]
         for node in returned:
             writer.name(node)
         return writer.code(returned, self.crossings)
+
+    def _make_rooms(self, stage: Stage, kept: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Have what a level views kept for all levels, so that it is viewed once.
+
+        Returns what is written over such a value: the value for each.
+        """
+        own = {node: None for node in self.joint.graph.nodes if self.stage.get(node) is stage}
+        joins = {node for node in kept if node.target is aten.cat.default}  # what these join is written into them
+        rooms = [node for node in own if writes(node) and node not in kept and self.joint.keeps_rows_first(node)]
+        rooms = [node for node in rooms if any(is_view(user) and not joins >= user.users.keys() for user in node.users)]
+        if stage is Stage.LEVEL:
+            rooms += [node for node in self.children if node in self.gathered and node not in kept]
+        written = [node for index, node in enumerate(self.joint.wanted[0]) if index in self.written]
+        free = {node: None for node in own if node not in written}
+        inside = {leaf: room for room in rooms for leaf in in_place(self.joint, room, free)}
+        for node in rooms:
+            self._cross(node, None)
+        kept[:] = [*(node for node in kept if node not in inside), *(node for node in rooms if node not in inside)]
+        return inside
 
 
 def _all_ancestors(nodes: Iterable[fx.Node | None]) -> set[fx.Node]:

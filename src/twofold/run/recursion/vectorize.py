@@ -35,7 +35,7 @@ from twofold.convert.from_source import line_of
 from twofold.graph import Constant, Node, SubGraph, Value, evaluate, values_in
 
 from .decompositions import DECOMPOSITIONS
-from .rewrite import fuse_products, join_gates
+from .rewrite import fuse_products, join_gates, merge_equal
 
 aten = torch.ops.aten
 SIZES = (5, 7)
@@ -127,6 +127,10 @@ class Joint:
         tangents = [None if node is None else new[node] for node in self.tangents]
         rows = {new[node]: place for node, place in self.rows.items() if node in new}
         return Joint(graph, self.constants, inputs, tangents, rows)
+
+    def keeps_rows_first(self, node: fx.Node) -> bool:
+        """Say whether the first dimension of a value has the rows of invocations."""
+        return self.rows.get(node, (None, 1))[0] == 0
 
     def call(self, before: fx.Node, target: Any, arguments: tuple[Any, ...], shape: Sequence[int]) -> fx.Node:
         """Add a call with rows in its first dimension before a node. `shape` is that for the number of rows traced."""
@@ -340,7 +344,8 @@ def _unify(small: _Traced, large: _Traced) -> Joint:
         place = _batch_dimension(a, b)
         if place is not None:
             rows[a] = place
-    return _roles(small, left, rows, constants)
+    merge_equal(small.module.graph)
+    return _roles(small, list(small.module.graph.nodes), rows, constants)
 
 
 def _roles(traced: _Traced, nodes: list[fx.Node], rows: Any, constants: dict[str, Tensor]) -> Joint:

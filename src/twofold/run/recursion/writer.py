@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from .factors import Link
-from .parts import Crossing, Role, Stage, StageCode, is_view
+from .parts import BY_LEVEL, Crossing, Fixed, Role, Stage, StageCode, View, is_view
 from .vectorize import Joint, NotBatchableError, Rows
+from .views import chain_to, keeps_rows
 
 aten = torch.ops.aten
 
 
 class Writer:
-    """Writes the operations of one stage. `kept` are values of it that are written to rows that it is given."""
+    """Writes the operations of one stage. `kept` are values of it that are written to rows that it is given.
+
+    `inside` has operations that write over what they read of one of these.
+    """
 
     def __init__(
         self,
@@ -26,12 +30,19 @@ class Writer:
         stage: Stage,
         children: Mapping[fx.Node, Link],
         kept: Sequence[fx.Node],
+        inside: Mapping[fx.Node, fx.Node],
     ) -> None:
         self._joint = joint
         self._stages = stages
         self._stage = stage
         self._children = children
         self._kept = kept
+        self._inside = inside
+        self._views: dict[str, tuple[fx.Node, int, Callable[[int, Tensor], Tensor]]] = {}
+        """Views that this stage is given: of what, rows for an invocation, and how they are made."""
+        self._within: dict[str, tuple[fx.Node, int, Callable[[int, Tensor], Tensor]]] = {}
+        """The same of values in the memory of others."""
+        self._fixed: dict[str, Fixed] = {}
         self._lines: list[str] = []
         self._objects: dict[str, Any] = {}
         self._made: set[fx.Node] = set()
@@ -39,6 +50,8 @@ class Writer:
         self._links: dict[tuple[Role, Link], str] = {}
         self._place = {node: node.name for node in kept}
         """Where a result is written to: an expression."""
+        for node in inside:
+            self._see_inside(node)
         for node in kept:
             self._write_parts(node)
 
@@ -49,7 +62,8 @@ class Writer:
         if node.op == "get_attr":
             self._objects[node.name] = self._joint.constants[str(node.target)]
         elif self._stages.get(node) is self._stage or is_view(node):
-            self.node(node)
+            if not self._hoist(node):
+                self.node(node)
         elif node in self._children and self._stage is Stage.LEVEL:
             self._gather(node)
         else:
@@ -63,20 +77,53 @@ class Writer:
             return
         self._made.add(node)
         place = self._place.get(node)
-        written = _WRITING[node.target] if place and _writes(node) else None
+        written = _WRITING[node.target] if place and writes(node) else None
         if node in self._kept and place is None:
             return  # a `cat` whose parts are written to where they belong
         if written is not None:
             arguments = ", ".join(self._text(argument) for argument in node.args)
             self._lines.append(f"{self._object(node.target, written)}({arguments}, out={place})")
-            if node not in self._kept:
+            if node.name != place:
                 self._lines.append(f"{node.name} = {place}")
         elif place is not None:
             self._lines.append(f"{place}.copy_({self._operation(node)})")
-            if node not in self._kept:
+            if node.name != place:
                 self._lines.append(f"{node.name} = {place}")
         else:
             self._lines.append(f"{node.name} = {self._operation(node)}")
+
+    def _hoist(self, node: fx.Node) -> bool:
+        """Have a view of what is there before the levels, or has room for all of them, made once; say whether."""
+        if self._stage not in BY_LEVEL or not is_view(node) or node.target is aten.split.Tensor:
+            return False
+        base, chain = chain_to(node, self._inside)
+        if base.op == "get_attr":
+            constant = self._joint.constants[str(base.target)]
+            if any(view in self._joint.rows for view in chain):
+                return False
+            self._fixed[node.name] = Fixed(constant, self._maker(base, chain))
+            return True
+        here = self._stages.get(base) is self._stage or base in self._children
+        if (here and base not in self._kept) or not keeps_rows(self._joint, base, chain):
+            return False
+        self._views[node.name] = base, self._joint.rows[node][1], self._maker(base, chain)
+        if base in self._children:
+            self.name(base)
+        return True
+
+    def _see_inside(self, node: fx.Node) -> None:
+        """Have an operation write over what it reads."""
+        base, chain = chain_to(node, self._inside)
+        self._within[node.name] = base, self._joint.rows[node][1], self._maker(base, chain)
+        self._place[node] = self.name(node.args[0])  # type: ignore[arg-type]
+
+    def _maker(self, base: fx.Node, chain: Sequence[fx.Node]) -> Callable[[int, Tensor], Tensor]:
+        """Return a function that makes a view."""
+        before, self._made = self._made, {base, *chain}
+        texts = [self._operation(node) if is_view(node) else self._text(node.args[0]) for node in chain]
+        self._made = before
+        lines = [f"{node.name} = {text}" for node, text in zip(chain, texts, strict=True)]
+        return self._function("make", ["n", base.name], [*lines, f"return {chain[-1].name}"])[0]
 
     def give(self, link: Link, node: fx.Node) -> None:
         """Write that a gradient is added to those of children."""
@@ -113,19 +160,21 @@ class Writer:
         own = all(self._stages.get(node) is self._stage for node in (*parts, *sources))
         sole = len({*parts}) == len(parts) and all(len(node.users) == 1 for node in (*parts, *sources))
         alike = all(part.meta["val"].dtype is cat.meta["val"].dtype for part in parts)
-        if not (own and sole and alike) or any(not _writes(node) or node in self._place for node in sources):
+        if not (own and sole and alike) or any(not writes(node) or node in self._place for node in sources):
             return
         names = [f"{cat.name}_part_{index}" for index in range(len(parts))]  # `cat_1` is a node's own
         sizes = [part.meta["val"].shape[dimension] for part in parts]
         split = self._object(aten.split_with_sizes.default, torch.split_with_sizes)
-        self._lines.append(f"{', '.join(names)}, = {split}({cat.name}, {sizes}, {dimension})")
-        for name, part, source in zip(names, parts, sources, strict=True):
+        for index, (name, part, source) in enumerate(zip(names, parts, sources, strict=True)):
             self._place[source] = name
+            expression, each = f"{split}({cat.name}, {sizes}, {dimension})[{index}]", self._joint.rows[source][1]
             if source is not part:
                 self._made.add(part)
-                self._place[source] = f"{name}_wide"
-                shape = [Rows(self._joint.rows[source][1]), *source.meta["val"].shape[1:]]
-                self._lines.append(f"{name}_wide = {name}.view({self._text(shape)})")
+                expression += f".view({self._text([Rows(each), *source.meta['val'].shape[1:]])})"
+            if self._stage in BY_LEVEL and dimension != 0:
+                self._views[name] = cat, each, self._function("make", ["n", cat.name], [f"return {expression}"])[0]
+            else:
+                self._lines.append(f"{name} = {expression}")
         del self._place[cat]
 
     def _operation(self, node: fx.Node) -> str:
@@ -180,19 +229,29 @@ class Writer:
         missing = [node for node in self._taken if node not in crossings]
         if missing:
             raise NotBatchableError(f"{missing[0]} is needed in {self._stage.name} and not handed on")
-        taken = [(node.name, (Role.PART, crossings[node])) for node in (*self._taken, *self._kept)]
-        arguments: list[tuple[str, tuple[Role, Any]]] = [*taken, *((name, held) for held, name in self._links.items())]
+        views = {name: View(crossings[base], each, make) for name, (base, each, make) in self._views.items()}
+        arguments: list[tuple[str, tuple[Role, Any]]] = [
+            *((node.name, (Role.PART, crossings[node])) for node in (*self._taken, *self._kept)),
+            *((name, (Role.VIEW, view)) for name, view in views.items()),
+            *((name, (Role.CONSTANT, fixed)) for name, fixed in self._fixed.items()),
+            *((name, held) for held, name in self._links.items()),
+        ]
         lines = [*self._lines, f"return ({''.join(node.name + ', ' for node in returned)})"]
-        text = f"def run({', '.join(['n', *(name for name, _ in arguments)])}):\n" + "".join(
-            f"    {line}\n" for line in lines
-        )
+        run, text = self._function("run", ["n", *(name for name, _ in arguments)], lines)
+        kept = [crossings[node] for node in self._kept]
+        inside = {name: View(crossings[base], each, make) for name, (base, each, make) in self._within.items()}
+        return StageCode(run, [held for _, held in arguments], kept, inside, [node.name for node in returned], text)
+
+    def _function(self, name: str, parameters: Sequence[str], lines: Sequence[str]) -> tuple[Any, str]:
+        """Compile a function of the objects named so far; return it with its text."""
+        text = f"def {name}({', '.join(parameters)}):\n" + "".join(f"    {line}\n" for line in lines)
         namespace = dict(self._objects)
         exec(compile(text, f"<twofold {self._stage.name.lower()}>", "exec"), namespace)
-        kept = [crossings[node] for node in self._kept]
-        return StageCode(namespace["run"], [held for _, held in arguments], kept, [n.name for n in returned], text)
+        return namespace[name], text
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
+    """Say whether an operation can write its result to where it is told."""
     return node.target in _WRITING and not node.kwargs
 
 

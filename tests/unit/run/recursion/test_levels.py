@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import twofold
-from twofold.run.recursion import factors
+from twofold.run.recursion import factors, rewrite
 from twofold.run.recursion.parts import Stage, StageCode
 
 VIEWS = ("slice", "split", "select_int", "unsqueeze", "view", "expand")
@@ -70,6 +70,28 @@ def test_a_level_runs_few_operations() -> None:
 
 def test_children_are_not_joined_by_copying() -> None:
     assert "cat" not in stages_of_inner_nodes()[Stage.LEVEL].text
+
+
+def test_a_level_makes_no_views() -> None:
+    stages = stages_of_inner_nodes()
+    for stage in (Stage.LEVEL, Stage.BACK):
+        lines = stages[stage].text.splitlines()
+        assert not [line for line in lines if re.search(rf"f_aten_({'|'.join(VIEWS)})|reshape|narrow|\.t\(\)", line)]
+
+
+def test_gates_are_written_over_the_product_that_they_are_of() -> None:
+    level = stages_of_inner_nodes()[Stage.LEVEL]
+    (product,) = [kept for kept in level.kept if kept.shape == (20,)]
+    assert {view.crossing for view in level.inside.values()} == {product}
+
+
+def test_what_is_equal_is_computed_once() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    nodes = [graph.call_function(torch.ops.aten.mul.Tensor, (x, number)) for number in (2, 2, 2.0)]
+    graph.output(tuple(nodes))
+    rewrite.merge_equal(graph)
+    assert [node.args[1] for node in graph.nodes if node.op == "call_function"] == [2, 2.0]
 
 
 def test_without_the_rewrites_there_are_more(monkeypatch: pytest.MonkeyPatch) -> None:
