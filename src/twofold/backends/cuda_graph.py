@@ -10,8 +10,9 @@ What `recording` captures has a pool of its own, because other graphs may be rep
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -187,20 +188,40 @@ def recording(warm_up: Callable[[], object]) -> Generator[Record]:
 def _captured(pool: Any, work: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
     """Capture one piece of work. Raises `CaptureFailed`, or `torch.OutOfMemoryError`."""
     graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(pool, "thread_local")
-    try:
-        made = work()
-    except BaseException as error:
-        _end_quietly(graph)
-        if isinstance(error, torch.OutOfMemoryError | KeyboardInterrupt):
-            raise
-        raise CaptureFailed(str(error)) from error
-    graph.capture_end()
+    with _nothing_collected():
+        try:
+            graph.capture_begin(pool, "thread_local")
+            made = work()
+            graph.capture_end()
+        except BaseException as error:
+            _end_quietly(graph, pool)
+            if isinstance(error, torch.OutOfMemoryError | KeyboardInterrupt):
+                raise
+            raise CaptureFailed(str(error)) from error
     return graph, made
 
 
-def _end_quietly(graph: torch.cuda.CUDAGraph) -> None:
+@contextmanager
+def _nothing_collected() -> Generator[None]:
+    """Keep Python from collecting cycles: what holds memory or graphs of the device must not go during a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
     try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _end_quietly(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """End a capture that failed, wherever it did, so that allocations and random draws are as before it."""
+    with suppress(RuntimeError):  # the capture is invalid already; ending it is what resets the stream
         graph.capture_end()
-    except RuntimeError:  # the capture is already invalid; ending it is what resets the stream
-        return
+    # Where that raised, PyTorch has neither ended the allocations nor told its generator; another capture does that.
+    with suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    mender = torch.cuda.CUDAGraph()
+    with suppress(RuntimeError):
+        mender.capture_begin(torch.cuda.graph_pool_handle(), "thread_local")
+        torch.zeros(1, device="cuda")
+        mender.capture_end()
