@@ -167,9 +167,9 @@ class _Driver:
         return Mode.IDLE if path.executable is None else Mode.FOLLOW
 
     def _others_run(self, root: PathNode, blocked: Path) -> bool:
-        """Whether units that begin at `root` take a path that runs as a graph more often than a blocked one."""
+        """Whether units that begin at `root` take a path that runs as a graph as often as a blocked one."""
         known = [path for path in self.graph.paths if path.nodes[0].parent is root and path.executable is not None]
-        return sum(path.units + path.seen for path in known) > blocked.seen
+        return bool(known) and sum(path.units + path.seen for path in known) >= blocked.seen
 
     def end(self) -> None:
         """Finish the unit, if it has seen anything."""

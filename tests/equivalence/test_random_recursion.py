@@ -71,7 +71,7 @@ def results_kept_in_another_order(monkeypatch: pytest.MonkeyPatch) -> Text:
     original = batch.Batch.want
 
     def want(self: Any, block: Any, number: int, output: int, deferred: Any) -> None:
-        original(self, block, max(number - 1, 0) if self._levels[number - 1] == 0 else number, output, deferred)
+        original(self, block, max(number - 1, 0) if self.levels[number - 1] == 0 else number, output, deferred)
 
     monkeypatch.setattr(batch.Batch, "want", want)
     return BY_NODES

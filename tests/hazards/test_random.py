@@ -305,7 +305,7 @@ def test_loader_with_random_transforms() -> None:
         return step
 
     for mode in MODES:
-        runs_as_graph(training(make, model=noisy), 6, mode)
+        runs_as_graph(training(make, model=noisy), 10, mode)
 
 
 def test_random_with_rejection_loop() -> None:

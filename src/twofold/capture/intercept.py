@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -399,7 +399,17 @@ def _prepare_before_changes_of_modules() -> None:
     """What waits calls modules as they were; a parameter that is replaced is registered."""
     hooks = ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook", "backward_hook"]
     for name in ("train", "register_parameter", *(f"register_{hook}" for hook in hooks)):
+        original = getattr(torch.nn.Module, name)
         _tell_before(torch.nn.Module, name, lambda listener: None)
+        _PREPARED[getattr(torch.nn.Module, name)] = original
+
+
+_PREPARED: dict[Any, Callable[..., Any]] = {}
+
+
+def without_preparation(function: Any) -> Any:
+    """Return PyTorch's own function where what it is found as only computes first what waits."""
+    return _PREPARED.get(function, function) if isinstance(function, FunctionType) else function
 
 
 def _announce_random_state() -> None:

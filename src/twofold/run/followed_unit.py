@@ -130,6 +130,10 @@ class FollowedUnit:
         with unheard():
             return function(*arguments, **keywords)
 
+    def lets_python_draw(self) -> bool:
+        """Have random numbers that Python draws now stay drawn; False if the unit may have drawn some ahead of it."""
+        return self._run is None or self._run.lets_python_draw()
+
     def prepare_step(self, node: PathNode, plan: OptimizerPlan) -> None:
         """Hand the optimizer that steps at `node`, outside the graph, its gradients. Raises `CannotFollow`."""
         path = node.latest

@@ -210,6 +210,7 @@ class GraphRunner:
         """Of memory that the next launch uses again: what the program is handed."""
         self._saved: dict[Value, torch.Tensor] = {}
         self._random: RandomState | None = None
+        self._is_ahead = False
         self._undo: list[Callable[[], None]] = []
         self._ready: dict[int, torch.cuda.Event] = {}
         for entry, leaf in installed.entries:
@@ -246,7 +247,18 @@ class GraphRunner:
     def launch_ahead(self) -> None:
         """Launch the segments that need nothing more from Python and write little that outlives the unit."""
         while self.launched in self.installed.go_ahead and self._has_inputs(self.launched):
+            self._is_ahead = True
             self.launch_through(self.launched + 1)
+
+    def lets_python_draw(self) -> bool:
+        """Have `discard` keep what Python draws from now on; False if the unit may have drawn ahead of it.
+
+        Call it before the unit's first draw that Python has walked.
+        """
+        if self._is_ahead and self.program.uses_random:
+            return False
+        self._random = None
+        return True
 
     def _has_inputs(self, index: int) -> bool:
         feeds = self.program.feeds

@@ -267,7 +267,8 @@ class PythonRunner:
         if self._node is not None and self._node.parent is not None:
             path = self._node.latest
             first = None if path is None else path.trace.first_random
-            if path is None or (first is not None and first <= self._node.depth):
+            has_drawn = first is not None and first <= self._node.depth
+            if path is None or has_drawn or not self._unit.lets_python_draw():
                 self.leave("new_path", "the random state was read, set or drawn from in the middle of a unit")
         if self._recorder is not None:
             self._recorder.random_state_changes()

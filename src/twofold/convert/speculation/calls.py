@@ -20,6 +20,7 @@ from torch.nn.modules import module as _hooks
 from torch.optim.optimizer import Optimizer
 
 from twofold.capture.functions import FROM_HOST_DATA
+from twofold.capture.intercept import without_preparation
 from twofold.capture.leaf_modules import call_of, leaf_of
 
 from .draws import DRAWS
@@ -130,6 +131,7 @@ class Calls(TorchCalls):
         return NONE if result is None else item
 
     def _call_known(self, function: Any, arguments: list[Item], keywords: dict[str, Item]) -> Item:
+        function = without_preparation(function)
         special = self.special(function)
         if special is not None:
             return special(arguments, keywords)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from twofold.capture.trace_graph import Signature, TraceGraph
+from twofold.capture.trace_graph import Path, Signature, TraceGraph
 from twofold.convert.refusals import Refusal, Refused, line_of
 from twofold.graph import current_ambient
 
@@ -101,6 +101,8 @@ class _Conversion:
             text = f"{type(raised.error).__name__}: {raised.error}"
             raise Refused(Refusal("raises", text[:160], host.origin)) from None
         path = self._walk.finish()
+        if heap.arrays_changed and _may_share_memory(path, self._walk.feeds.values()):
+            raise Refused(Refusal("late_decision", "an array that may share memory with a tensor changes", host.origin))
         interpreter.assume_measured()
         heap.close()
         speculation = host.finish(result, path)
@@ -127,6 +129,16 @@ class _Conversion:
             for name, held in keywords.items()
         }
         return positional, named
+
+
+def _may_share_memory(path: Path, feeds: Iterable[Any]) -> bool:
+    """Whether a NumPy array shows memory of the unit's tensors: it cannot change then when the launches are over."""
+    shown = any(node.event is not None and node.event.function in _SHOWS_MEMORY for node in path.nodes)
+    given = [*path.program.statics.values(), *(feed for feed in feeds if isinstance(feed, torch.Tensor))]
+    return shown or not all(tensor.untyped_storage().resizable() for tensor in given)
+
+
+_SHOWS_MEMORY = (torch.Tensor.numpy, torch.Tensor.__array__)
 
 
 def _callee(host: Host, heap: Heap, function: Any) -> Item:

@@ -1,6 +1,7 @@
 """Conversion of recursive functions: source in, SubGraph out as text; what is refused, and how."""
 
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -83,24 +84,68 @@ def test_every_node_has_its_line() -> None:
     assert all(re.search(r"# .*test_conversion\.py:\d+ in encode$", line) for line in lines)
 
 
-def test_the_planner_has_the_host_slice_alone() -> None:
+@dataclass(eq=False)
+class Waiting:
+    """What waits of a block with one host value and two invocations at most."""
+
+    steering: tuple[int, ...]
+    tasks: list[int] = field(default_factory=list)
+    invocations: tuple[list[int], list[int]] = ([], [])
+    hosts: tuple[list[Any]] = ([],)
+
+
+def planner_of_encode(steering: tuple[int, ...]) -> str:
     converted = convert(encode)
-    slices = slice_graph(converted, frozenset())
-    text = planner_source(converted, slices, "encode", lambda decisions: decisions, {}).text
-    generator = text[text.index("def plan_encode") :]
-    assert generator == (
+    waiting = {(1,): Waiting(steering), (0,): Waiting(steering)}
+    waiting[1,].invocations, waiting[0,].hosts = (), ()  # type: ignore[assignment]
+    text = planner_source(converted, slice_graph(converted, frozenset()), "encode", waiting.__getitem__, {}).text
+    return text[text.index("def plan_encode") :].rstrip() + "\n"
+
+
+def test_the_planner_adds_what_waits_to_columns() -> None:
+    assert planner_of_encode(steering=()) == (
         "def plan_encode(v1):\n"
         "    v2 = v1.left\n"
         "    v3 = v2 is None\n"
         "    if v3:\n"
         "        v4 = v1.word\n"
-        "        yield emit(c2, (), (v4, ), ())\n"
+        "        if type(v4) in plain:\n"
+        "            n5 = len(heights)\n"
+        "            heights.append(0)\n"
+        "            c1.append(n5)\n"
+        "            c2.append(v4)\n"
+        "            yield n5\n"
+        "        yield emit(c3, (), (v4, ), ())\n"
+        "    else:\n"
+        "        v6 = v1.left\n"
+        "        i7 = yield plan_encode(v6)\n"
+        "        v8 = v1.right\n"
+        "        i9 = yield plan_encode(v8)\n"
+        "        n10 = len(heights)\n"
+        "        m11 = heights[i7]\n"
+        "        if heights[i9] > m11: m11 = heights[i9]\n"
+        "        heights.append(m11 + 1)\n"
+        "        c4.append(n10)\n"
+        "        c5.append(i7)\n"
+        "        c6.append(i9)\n"
+        "        yield n10\n"
+    )
+
+
+def test_the_planner_has_the_host_slice_alone() -> None:
+    assert planner_of_encode(steering=(0,)) == (
+        "def plan_encode(v1):\n"
+        "    v2 = v1.left\n"
+        "    v3 = v2 is None\n"
+        "    if v3:\n"
+        "        v4 = v1.word\n"
+        "        yield emit(c1, (), (v4, ), ())\n"
         "    else:\n"
         "        v5 = v1.left\n"
         "        i6 = yield plan_encode(v5)\n"
         "        v7 = v1.right\n"
         "        i8 = yield plan_encode(v7)\n"
-        "        yield emit(c3, (i6, i8, ), (), ())\n"
+        "        yield emit(c2, (i6, i8, ), (), ())\n"
     )
 
 
