@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"not a file of results: {error}")
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("matplotlib is missing: pip install matplotlib")
-    draw(speedups(documents), documents[-1]["environment"], options.out)
+    draw(speedups(documents), [document["environment"] for document in documents], options.out)
 
 
 def speedups(documents: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -48,7 +48,7 @@ def speedups(documents: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]
     return rows
 
 
-def draw(rows: dict[str, dict[str, float]], environment: dict[str, Any], path: Path) -> None:
+def draw(rows: dict[str, dict[str, float]], environments: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw a group of bars a program, fastest first; the line at 1 is eager."""
     import matplotlib
 
@@ -70,11 +70,11 @@ def draw(rows: dict[str, dict[str, float]], environment: dict[str, Any], path: P
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(ordered)), ordered)
-    where = environment["gpu"] or f"{environment['threads']} threads of {environment['cpu']}"
-    date = environment["date"].partition("T")[0]
-    axes.set_title(
-        f"Training steps, times faster than eager. {where}, torch {environment['torch']}, {date}", fontsize=9
-    )
+    machines = {e["gpu"] or f"{e['threads']} threads of {e['cpu']}" for e in environments}
+    versions = {environment["torch"] for environment in environments}
+    dates = sorted({environment["date"].partition("T")[0] for environment in environments})
+    where, when = f"{', '.join(sorted(machines))}, torch {', '.join(sorted(versions))}", " and ".join(dates)
+    axes.set_title(f"Training steps, times faster than eager. {where}, {when}", fontsize=9)
     axes.legend(loc="lower right", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})

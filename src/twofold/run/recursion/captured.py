@@ -75,7 +75,7 @@ class Inputs:
         """Write arrays of the same shapes. Work that was launched before still reads the last ones."""
         pinned = self._memory.device.type == "cuda"
         # New each time: the allocator of pinned memory waits for the copy before it gives the same again.
-        staged = torch.empty(len(self._memory), dtype=torch.uint8, pin_memory=pinned)
+        staged = torch.empty(len(self._memory), dtype=torch.uint8, device="cpu", pin_memory=pinned)
         whole = staged.numpy()
         for key, array in arrays.items():
             start = self._starts[key]
