@@ -17,7 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import twofold
 from tests.differential import EXACT, compare, eager, flatten, run, seed_everything
 from tests.differential import program as program_mode
-from tests.hazards.programs import Parts, net, training
+from tests.hazards.programs import Parts, net, same, training
+from tests.hazards.test_exceptions import failing_step, raise_stop
+from twofold.run.followed_unit import FollowedUnit
+from twofold.run.rounds import LoopUnits
 
 OPTIONS: dict[str, Any] = {"numerics": "exact", "backend": "replay", "background": False}
 ITERATIONS = 30
@@ -261,3 +264,28 @@ def test_script_that_trains_and_evaluates(tmp_path: Path) -> None:
     ]
     assert outputs[0].stdout == outputs[1].stdout
     assert "as graphs" in (tmp_path / "r.html").read_text()
+
+
+def test_calls_that_are_made_again_pass_no_landmark_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit that is left repeats its calls; were a landmark heard then, the unit could end within itself."""
+    repeating: list[bool] = [False]
+    heard: list[bool] = []
+    repeat, passes = FollowedUnit.repeat, LoopUnits.passes
+
+    def noted_repeat(self: Any, *arguments: Any) -> None:
+        repeating[0] = True
+        try:
+            repeat(self, *arguments)
+        finally:
+            repeating[0] = False
+
+    def noted_passes(self: Any, landmark: Any) -> None:
+        heard.append(repeating[0])
+        passes(self, landmark)
+
+    monkeypatch.setattr(FollowedUnit, "repeat", noted_repeat)
+    monkeypatch.setattr(LoopUnits, "passes", noted_passes)
+    report = same(training(lambda parts: failing_step(parts, "backward", raise_stop)), 13, "program")
+    assert report["discards"] > 0
+    assert heard
+    assert not any(heard)

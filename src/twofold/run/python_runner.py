@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim.optimizer import Optimizer
 
+from twofold.capture import landmarks
 from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, display_name
 from twofold.capture.history import Watch
 from twofold.capture.intercept import unheard, user_origin
@@ -354,7 +355,8 @@ class PythonRunner:
         self._unit.discard()
         recorder = self._recorder = self._make_recorder()
         try:
-            self._unit.repeat(node, recorder)
+            with landmarks.within():  # they were passed when the calls were made
+                self._unit.repeat(node, recorder)
         except BaseException as error:  # the program's own, from a call made earlier
             recorder.refuse("unit_raised", f"{type(error).__name__} from a call made earlier in the unit", None)
             raise
