@@ -320,3 +320,21 @@ def test_distributions_and_arrays_that_become_tensors() -> None:
         return step
 
     speculates(training(make))
+
+
+def test_array_that_shares_its_memory_with_a_tensor_changes_within_the_call() -> None:
+    """The change comes before the tensor is read: it cannot wait until the unit has been launched."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        buffer = np.zeros(4, dtype=np.float32)
+        shown = torch.from_numpy(buffer)
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            buffer[:] = buffer + 0.5
+            return parts.train(x + shown, y).detach()
+
+        return step
+
+    report = same(training(make), 30, engine="speculation")
+    assert "late_decision" in {entry["code"] for entry in report["refusals"]}, summary(report)
+    assert report["graph_iterations"] > 20, summary(report)
