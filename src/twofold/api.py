@@ -1,15 +1,7 @@
-"""The public entry points, and the only place that decides how the next unit runs.
+"""The public entry points.
 
 A unit is a call of a decorated function or an iteration of a program's loop; either way it also ends where an
-optimizer has stepped and no live autograd history crosses that line. Before each unit, `_Driver.next_mode` picks
-one of three ways:
-
-- `record`: eagerly, watched, because the path is new or has changed;
-- `follow`: the skeleton beside a graph;
-- `idle`: eagerly and unwatched, at no cost: while kernels are being made, while eager execution is timed, or for
-  good where a graph does not pay.
-
-A call that would be followed may be answered without its Python at all: `_Driver.speculate`.
+optimizer has stepped and no live autograd history crosses that line. How each one runs is decided in `driver.py`.
 """
 
 from __future__ import annotations
@@ -20,276 +12,22 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from enum import Enum
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
-from twofold.capture.intercept import (
-    Interception,
-    current_listener,
-    is_watched,
-    observe_steps,
-    saved_tensor_hooks_in_force,
-)
+from twofold.capture.intercept import current_listener, is_watched, observe_steps
 from twofold.capture.landmarks import observe_loop
-from twofold.capture.trace import Trace
-from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
-from twofold.errors import NotConvertibleError, OptionError
+from twofold.driver import GRAPH_MEMORY, OTHER_THREAD, Driver, Mode
+from twofold.errors import OptionError
 from twofold.options import Options
 from twofold.plain_recursion import PlainRecursion
 from twofold.report import Report
-from twofold.run.account import Account
-from twofold.run.builder import Builder
-from twofold.run.python_runner import PythonRunner
-from twofold.run.recursion import PENDING
 from twofold.run.rounds import LoopUnits
 from twofold.run.speculation.cache import MISSED
-from twofold.run.speculation.speculator import Speculator
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-MAX_PATHS = 64
-"""Paths kept for one program; each holds a graph and, on a GPU, its memory."""
-MAX_NEW = 40
-"""So many more units on new paths than on known ones, and recording, which takes some ten times as long as eager
-execution, stops: the paths do not repeat. 64 paths that are equally likely stay below 20."""
-MAX_NEW_AGAIN = 8
-"""The same when it is tried once more."""
-UNITS_UNTIL_TRIED_AGAIN = 400
-"""Units until then; the distance doubles each time."""
-RETRY_AFTER = 2
-"""Units after which recording is tried again where it failed or did not pay; the distance doubles each time."""
-
-
-_GRAPH_MEMORY = threading.RLock()
-"""Held while a unit of an accelerator program may run: all captured graphs share memory, so no two may interleave."""
-OTHER_THREAD = "another thread is inside a unit, and captured graphs share their memory"
-
-
-class Mode(Enum):
-    """How the next unit runs."""
-
-    RECORD = "record"
-    FOLLOW = "follow"
-    IDLE = "idle"
-
-
-class _Driver:
-    """Runs the units of one function or program, in one thread at a time."""
-
-    def __init__(self, name: str, options: Options) -> None:
-        self.options = options
-        self.account = Account(name, "eager" if options.engine == "eager" else "coexecution")
-        self.graph = TraceGraph()
-        self.builder = Builder(options, self.account)
-        self.runner = PythonRunner(self.graph, self.account, self._end_unit)
-        self.interception = Interception(self.runner)
-        self.speculator = Speculator(self.graph, self.account, options)
-        self.recursion: PlainRecursion | None = None
-        self.between_units: Callable[[], None] | None = None
-        """Called where a unit has ended and the program goes on."""
-        self._mode = Mode.IDLE
-        self._signature: Signature = ()
-        self._root = self.graph.root(self._signature)
-        self._likely: Path | None = None
-        self._began = 0.0
-        self._timing = False
-        self._new = 0
-        """How many more units took new paths than known ones."""
-        self._gave_up_at: int | None = None
-        self._patience = UNITS_UNTIL_TRIED_AGAIN
-
-    # ---- one unit ----------------------------------------------------------------------------------------
-
-    def begin(self) -> Mode:
-        """Choose and start the next unit."""
-        self.choose()
-        return self.start()
-
-    def choose(self) -> None:
-        """Choose how the next unit runs."""
-        self._signature = self.graph.signature()
-        self._root = self.graph.root(self._signature)
-        self._mode = self.next_mode(self._root)
-        if self._mode is not Mode.IDLE:
-            PENDING.flush()  # results of recursive calls that the unit is given shall be ordinary tensors
-        self._timing = (
-            self._mode is not Mode.RECORD
-            and self._likely not in self.builder.settled
-            and self.builder.is_timing(self._likely)
-        )
-
-    def start(self) -> Mode:
-        """Start the unit as chosen."""
-        if self._timing and self.graph.has_accelerator:
-            torch.cuda.synchronize()
-        self.runner.begin(self._mode.value, self._signature)
-        self._began = time.perf_counter()
-        return self._mode
-
-    def speculate(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """Answer the call that was just chosen for without running its Python; `MISSED` if that has to run."""
-        if self._mode is not Mode.FOLLOW or self._timing or not self.speculator.is_willing():
-            return MISSED
-        self._began = time.perf_counter()
-        result, path = self.speculator.call(function, arguments, keywords, self._signature, self._root)
-        if path is not None:
-            self.account.speculated_iterations += 1
-            self._end_unit(path, None, self._signature)
-        return result
-
-    def next_mode(self, root: PathNode) -> Mode:
-        """Decide how the next unit runs, which begins at `root`."""
-        if self.options.engine == "eager" or self._has_given_up():
-            return Mode.IDLE
-        if self.recursion is not None and self.recursion.takes_units:
-            self._likely = None
-            return Mode.IDLE
-        if saved_tensor_hooks_in_force():  # checkpointing counts what is saved
-            self.account.fallback("tensor_hook", "hooks on saved tensors, of checkpointing perhaps, are in force")
-            return Mode.IDLE
-        if self.account.iterations < root.idle_until:
-            return Mode.IDLE
-        path = self._likely = root.latest
-        if path is None:
-            return Mode.RECORD
-        if path.blocked:
-            return Mode.FOLLOW if self._others_run(root, path) else Mode.IDLE
-        is_settled = path in self.builder.settled
-        if not is_settled:
-            self.builder.poll(path, self.graph.has_accelerator)
-        if path.stale or (path.seen < self.options.warm_up and path.executable is None):
-            return Mode.RECORD
-        if not is_settled:
-            self.builder.choose(path)
-        return Mode.IDLE if path.executable is None else Mode.FOLLOW
-
-    def _others_run(self, root: PathNode, blocked: Path) -> bool:
-        """Whether units that begin at `root` take a path that runs as a graph as often as a blocked one."""
-        known = [path for path in self.graph.paths if path.nodes[0].parent is root and path.executable is not None]
-        return bool(known) and sum(path.units + path.seen for path in known) >= blocked.seen
-
-    def end(self) -> None:
-        """Finish the unit, if it has seen anything."""
-        if self._mode is Mode.IDLE:
-            self._end_unit(None, None, ())
-        elif self.runner.in_unit:
-            self.runner.end()
-
-    def _end_unit(self, path: Path | None, trace: Trace | None, signature: Signature) -> None:
-        if self._timing and self.graph.has_accelerator:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - self._began
-        account = self.account
-        account.iterations += 1
-        if path is not None:
-            account.graph_iterations += 1
-            account.graph_calls += len(path.nodes)
-            self._new = max(0, self._new - 1)
-            root = path.nodes[0].parent
-            assert root is not None
-            root.refusals = 0
-            root.units += 1
-            path.units += 1
-            account.span("graph", account.backend, int(self._began * 1e9), int((self._began + seconds) * 1e9))
-            if self._timing:
-                self.builder.note_graph(path, seconds)
-        else:
-            account.eager_iterations += 1
-            if trace is not None:
-                account.traced_iterations += 1
-                self._learn(trace, signature)
-            elif self._mode is Mode.IDLE and self._likely is not None:
-                account.eager_calls += self._likely.call_count
-                if self._timing or not self.graph.has_accelerator:  # else the device may still be at work
-                    self.builder.note_eager(self._likely, seconds)
-            elif self._mode is Mode.IDLE and self.recursion is not None and self.recursion.takes_units:
-                self.recursion.end_unit(seconds)
-            account.span("python", "eager", int(self._began * 1e9), int((self._began + seconds) * 1e9))
-        if self.between_units is not None:
-            self.between_units()
-
-    def _learn_refusal(self, trace: Trace, root: PathNode) -> None:
-        """Take a unit that cannot run as a graph. Two in a row, and its kind is left alone for a while."""
-        refusal = trace.refusal
-        assert refusal is not None
-        origin = None if refusal.origin is None else str(refusal.origin)
-        self.account.fallback(refusal.code, refusal.reason, origin)
-        root.refusals += 1
-        if root.refusals >= self.options.warm_up:
-            pause = RETRY_AFTER * 2 ** (root.refusals - self.options.warm_up)
-            root.idle_until = self.account.iterations + pause
-            self.account.decision(f"eager for {pause} units: {refusal.code}")
-        if self.options.strict:
-            raise NotConvertibleError(f"{self.account.name} stays eager: {refusal.reason} ({origin})")
-
-    def _learn(self, trace: Trace, signature: Signature) -> None:
-        if self.recursion is not None and self.recursion.begin():
-            return
-        if trace.refusal is not None:
-            self._learn_refusal(trace, self.graph.root(signature))
-            return
-        self.graph.root(signature).refusals = 0
-        if len(self.graph.paths) >= MAX_PATHS:
-            self.account.fallback("too_many_paths", f"more than {MAX_PATHS} paths")
-            self._note_new()
-            return
-        path = self.graph.merge(trace, signature)
-        if path is None:
-            self.account.fallback("argument_changes", self.graph.lesson)
-            return
-        if path.seen == 1 and len(self.graph.paths) > 1:
-            self.account.fallback("new_path", "the unit took a path not seen before")
-        if path.seen > 1:
-            self._new = max(0, self._new - 1)
-        elif self._note_new():
-            return
-        self.account.paths = len(self.graph.paths)
-        others_run = any(other.executable is not None for other in self.graph.paths)
-        if path.seen >= self.options.warm_up or others_run:
-            self.builder.prepare(path, self.graph.has_accelerator)
-        if path.blocked and self.options.strict:
-            raise NotConvertibleError(f"{self.account.name} stays eager: {next(iter(self.account.fallbacks))}")
-
-    def _note_new(self) -> bool:
-        """Take note of a unit on a new path; give up, and say so, where there are too many."""
-        self._new += 1
-        has_tried = self._patience > UNITS_UNTIL_TRIED_AGAIN
-        if self._new < (MAX_NEW_AGAIN if has_tried else MAX_NEW):
-            return False
-        self._gave_up_at = self.account.iterations
-        self._new = 0
-        self.account.fallback("too_many_paths", "most units take paths of their own")
-        self.account.decision("recording stopped: the paths of this program do not repeat")
-        self.graph.clear()
-        return True
-
-    def _has_given_up(self) -> bool:
-        if self._gave_up_at is None:
-            return False
-        if self.account.iterations - self._gave_up_at < self._patience:
-            return True
-        self._gave_up_at = None
-        self._patience *= 2
-        return False
-
-    def note_empty(self, code: str, reason: str) -> None:
-        """Count a call that made no tensor calls at all."""
-        self.account.iterations += 1
-        self.account.eager_iterations += 1
-        self.account.fallback(code, reason)
-
-    def begin_listening(self) -> None:
-        """Begin a unit, and listen unless it is idle or a mode of the program's own has been entered since."""
-        if self.begin() is Mode.IDLE:
-            self.interception.stop()
-        elif self.interception.active:
-            self.interception.hear_operations()
-        elif not self.interception.resume():
-            self.runner.drop()
-            self._mode = Mode.IDLE
 
 
 class Function(Generic[P, R]):
@@ -299,7 +37,7 @@ class Function(Generic[P, R]):
         self._wrapped = wrapped
         self._options = options
         name = getattr(wrapped, "__qualname__", type(wrapped).__name__)
-        self._driver = _Driver(name, options)
+        self._driver = Driver(name, options)
         self._driver.recursion = PlainRecursion(self._driver.account, options, Function._run.__code__)
         self._driver.runner.meets_recursion = self._meets_recursion
         self._lock = threading.Lock()
@@ -329,14 +67,14 @@ class Function(Generic[P, R]):
             return self._wrapped(*arguments, **keywords)
         shares = torch.cuda.is_initialized()
         try:
-            if shares and not _GRAPH_MEMORY.acquire(blocking=False):
+            if shares and not GRAPH_MEMORY.acquire(blocking=False):
                 self._driver.note_empty("thread", OTHER_THREAD)
                 return self._wrapped(*arguments, **keywords)
             try:
                 return self._run(*arguments, **keywords)
             finally:
                 if shares:
-                    _GRAPH_MEMORY.release()
+                    GRAPH_MEMORY.release()
         finally:
             self._lock.release()
 
@@ -446,7 +184,7 @@ class Program:
     """A whole loop that runs as graphs where it can. Made by `twofold.program`; enter it once."""
 
     def __init__(self, options: Options) -> None:
-        self._driver = _Driver("program", options)
+        self._driver = Driver("program", options)
         self._stop_observing: list[Callable[[], None]] = []
         self._thread = 0
         self._shares = False
@@ -456,7 +194,7 @@ class Program:
             raise OptionError("twofold.program cannot be entered inside another unit: enter it outside")
         driver = self._driver
         self._shares = torch.cuda.is_available()
-        if self._shares and not _GRAPH_MEMORY.acquire(blocking=False):
+        if self._shares and not GRAPH_MEMORY.acquire(blocking=False):
             self._shares = False
             driver.note_empty("thread", OTHER_THREAD)
             return self
@@ -482,7 +220,7 @@ class Program:
         finally:
             driver.interception.stop()
             if self._shares:
-                _GRAPH_MEMORY.release()
+                GRAPH_MEMORY.release()
 
     def _on_step(self, _optimizer: Any) -> None:
         if not self._driver.interception.active and threading.get_ident() == self._thread:
@@ -512,7 +250,7 @@ def program(**options: Any) -> Program:
 def report(of: Any) -> Report:
     """Return the account of a function or program: what ran where and why."""
     driver = getattr(of, "_driver", None)
-    if not isinstance(driver, _Driver):
+    if not isinstance(driver, Driver):
         raise OptionError(f"twofold.report needs what twofold.function or twofold.program returned, got {of!r:.60}")
     driver.account.compile_seconds = driver.builder.compile_seconds()
     driver.speculator.cache.describe()
@@ -522,7 +260,7 @@ def report(of: Any) -> Report:
     return Report(driver.account)
 
 
-def _count_operations(driver: _Driver) -> None:
+def _count_operations(driver: Driver) -> None:
     driver.account.operations.clear()
     for path in driver.graph.paths:
         for node in path.nodes:
@@ -538,7 +276,7 @@ def wait_for_compilation(of: Any, timeout: float | None = None) -> bool:
 
     They are swapped in by the next calls.
     """
-    driver: _Driver = of._driver
+    driver: Driver = of._driver
     deadline = None if timeout is None else time.monotonic() + timeout
     for order in driver.builder.orders():
         left = None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -6,6 +6,8 @@ reaches the dispatcher (dispatch mode: one that no function announced is foreign
 
 Optimizers are skipped without patching their classes: a step pre-hook may replace the arguments of `step`, self
 included, so a listener answers with a stand-in that has no parameters and the real update stays undone.
+
+It has over 500 lines, since all that depends on PyTorch's ways to be listened to shall change in one place.
 """
 
 from __future__ import annotations
