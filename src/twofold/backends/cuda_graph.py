@@ -114,7 +114,11 @@ class CudaGraphExecutable:
     def _capture(self, inner: Executable) -> None:
         environment = dict(self._static)
         for index, segment in enumerate(self._program.segments):
-            graph, _ = _captured(_pool()[0], functools.partial(inner.launch, index, environment))
+            try:
+                graph, _ = _captured(_pool()[0], functools.partial(inner.launch, index, environment))
+            except BaseException:
+                _pool.cache_clear()  # PyTorch may take it for one that is still recorded to
+                raise
             self._graphs.append((graph, segment.outputs))
         kept = {value for segment in self._program.segments for value in segment.outputs}
         self._static.update((value, environment[value]) for value in kept)

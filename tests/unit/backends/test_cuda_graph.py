@@ -21,9 +21,9 @@ def test_nothing_is_left_of_a_capture_that_fails(name: str) -> None:
     torch.manual_seed(3)
     expected = torch.rand(4, device="cuda")
     torch.manual_seed(3)
+    with recording(lambda: None) as record, pytest.raises(CaptureFailed):
+        record(FAILURES[name])
     with recording(lambda: None) as record:
-        with pytest.raises(CaptureFailed):
-            record(FAILURES[name])
         repeat, drawn = record(lambda: torch.rand(4, device="cuda"))
     repeat()
     assert torch.equal(drawn, expected)
