@@ -174,6 +174,10 @@ class Builder:
         """Return what the compile process still owes."""
         return [order for state in self._states.values() for order in state.orders]
 
+    def _is_compiling(self) -> bool:
+        """Whether kernels of another path are made beside the program, which on few cores is measured with it."""
+        return not all(order.done() for order in self.orders())
+
     # ---- measuring ---------------------------------------------------------------------------------------
 
     def is_timing(self, path: Path | None) -> bool:
@@ -200,7 +204,7 @@ class Builder:
     def note_eager(self, path: Path, seconds: float) -> None:
         """Take the time of a unit that ran eagerly and unseen, and began as units of this path do."""
         contest = self._contest(path)
-        if contest.on_trial is not None and not contest.accepted:
+        if contest.on_trial is not None and not contest.accepted and not self._is_compiling():
             contest.references.append(seconds)
             self._judge(contest)
 
@@ -209,7 +213,8 @@ class Builder:
         contest, state = self._contest(path), self._states[path]
         tier = path.executable.executable.backend
         state.units[tier] += 1
-        if contest.on_trial in state.tiers and state.units[tier] > WARM_UP_UNITS:
+        is_judged = contest.on_trial in state.tiers and state.units[tier] > WARM_UP_UNITS
+        if is_judged and not self._is_compiling():
             (contest.samples if tier == contest.on_trial else contest.references).append(seconds)
             self._judge(contest)
 
