@@ -4,6 +4,10 @@ The only reader of environment variables:
 
 ``TWOFOLD_ENGINE``
     Overrides ``engine`` everywhere, so that Twofold can be switched off (``eager``) with no edit.
+``CXX``
+    The C++ compiler, as Inductor reads it.
+``MALLOC_…``, ``GLIBC_TUNABLES``
+    Settings of the C library's allocator, which are left as they are.
 """
 
 from __future__ import annotations
@@ -119,3 +123,8 @@ def has_cpp_compiler() -> bool:
     """Whether Inductor will find a C++ compiler: the one named by ``CXX``, else ``g++``."""
     command = shlex.split(os.environ.get("CXX") or "g++")
     return shutil.which(command[0]) is not None
+
+
+def has_allocator_settings() -> bool:
+    """Whether the user has set up the C library's allocator."""
+    return any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")

@@ -22,12 +22,17 @@ from twofold.convert.segments import carve
 from twofold.graph import Graph, Node, Value, parse, show
 
 from .executable import Environment, lower_to_fx
+from .host import keep_freed_memory, on_one_thread, threads_for
 
 aten: Any = torch.ops.aten
 
 MAX_PIECE_NODES = 1500
 """Beyond this a piece is cut: Inductor's scheduling grows faster than linearly (35-step LSTM loop as one graph of
 2,500 nodes: more than 5 minutes; in two halves: about 13 s each)."""
+
+SMALLEST_CHUNK = 8192
+"""Elements that a thread of a compiled CPU kernel is given at least: some 4 µs of work. Inductor's own 512 are done
+sooner than a second thread is there: the MLP of the benchmarks on two threads took 450 µs a launch instead of 390."""
 
 _LEFT_ALONE = ("_fused_", "_amp_", "_foreach_")
 
@@ -135,6 +140,8 @@ def compile_to_file(text: str, path: str, threads: int) -> None:
             "triton.cudagraphs": False,
             "coordinate_descent_tuning": on_cuda,
             "cpp_wrapper": not on_cuda,
+            "cpp.threads": threads_for(graph),
+            "cpp.min_chunk_size": SMALLEST_CHUNK,
         }
         with torch.no_grad(), config.patch(settings):
             with torch._subclasses.FakeTensorMode():
@@ -203,11 +210,15 @@ class InductorExecutable:
 
     def __init__(self, program: Program, artifact: Callable[[str], Callable[..., Any]]) -> None:
         """`artifact` returns the compiled callable of a piece by key."""
+        if not program.on_accelerator:
+            keep_freed_memory()
         self._segments: list[list[tuple[Sequence[Value], Sequence[Value], Callable[..., Any]]]] = []
         for pieces in split_pieces(program):
             made: list[tuple[Sequence[Value], Sequence[Value], Callable[..., Any]]] = []
             for piece in pieces:
                 run = lower_to_fx(piece).forward if is_left_alone(piece.nodes[0]) else artifact(piece_key(_text(piece)))
+                if threads_for(piece) == 1 < torch.get_num_threads():
+                    run = on_one_thread(run)
                 outputs = [value for value in piece.outputs if isinstance(value, Value)]
                 made.append((piece.inputs, outputs, run))
             self._segments.append(made)

@@ -3,7 +3,8 @@
 Inductor chooses channels-last for convolutions by itself, but the strides that it keeps for a `convolution_backward`
 are those of the graph it is given. A piece that holds a whole training step was recorded in eager's row-major layout,
 so its backward changed layouts around every convolution: ResNet-18 at 128x32x32 on an H200 spent 2.5 ms a step in
-kernels where torch.compile, whose backward is a graph of its own, spent 1.6.
+kernels where torch.compile, whose backward is a graph of its own, spent 1.6. LeNet at 128 on two cores took 5.7 ms
+instead of 5.25.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ def prefer_channels_last(
 ) -> torch.fx.GraphModule:
     """Return a training step with the operands of its convolutions in channels-last, or the module as it is.
 
-    `examples` are fake inputs, `outputs` fake tensors in the layout that the outputs must keep. Only on CUDA, and where
-    Inductor's own rule for its forward graphs says that channels-last pays.
+    `examples` are fake inputs, `outputs` fake tensors in the layout that the outputs must keep. Only where Inductor's
+    own rule for its forward graphs says that channels-last pays.
     """
     targets = {node.target for node in module.graph.nodes}
-    if aten.convolution_backward.default not in targets or any(not tensor.is_cuda for tensor in outputs):
+    if aten.convolution_backward.default not in targets:
         return module
     return rewrite_to_channels_last(module, examples, outputs, GraphLowering.decide_layout_opt)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from twofold.convert.from_traces import Program
 
 from .executable import Environment, lower_to_fx
+from .host import keep_freed_memory
 
 
 class ReplayExecutable:
@@ -14,6 +15,8 @@ class ReplayExecutable:
     reuses_outputs = False
 
     def __init__(self, program: Program) -> None:
+        if not program.on_accelerator:
+            keep_freed_memory()
         self._segments = [
             (segment.inputs, segment.outputs, lower_to_fx(segment.graph).forward) for segment in program.segments
         ]
