@@ -1,10 +1,11 @@
-"""Every test starts from the same seeds and two threads; tests marked ``gpu`` run where there is one.
+"""Every test starts from the same seeds and one thread; tests marked ``gpu`` run where there is one.
 
 `pytest --device cuda` makes the tensors of all other tests there too, so that hazards and random programs are seen on
 an accelerator. Some of them are about the CPU and fail so; a difference from eager is a defect wherever it comes from.
 """
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    # Two processes of two threads each on two cores wait for one another: 126 s became 307, and 42 s of work 84.
+    torch.set_num_threads(1)
     # cuDNN's fastest backward kernels add up in any order: eager would differ from eager.
     torch.backends.cudnn.deterministic = True
     if config.getoption("device") == "cuda":
@@ -37,6 +39,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Run a test on two threads, as PyTorch does by default on two cores."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from benchmarks.programs.program import CompileModel, Program, Size, adam, class
 
 # channels are divided by, blocks of each of the three resolutions, image side, batch, classes
 SIZES: dict[Size, tuple[int, tuple[int, int, int], int, int, int]] = {
-    "small": (16, (1, 1, 1), 75, 2, 10),
+    "small": (16, (1, 0, 0), 75, 2, 10),
     "full": (1, (3, 4, 2), 299, 64, 1000),
 }
 # The second classifier's window, its stride, and the side of what it sees then: of a middle grid of 3 and of 17.

@@ -12,6 +12,8 @@ import torch
 from twofold.backends.host import GRAIN, on_one_thread, threads_for
 from twofold.graph import parse
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 SMALL = {
     "elementwise": "%0: f32[32,64] = call aten.relu.default(%x)",
     "product": "%0: f32[32,64] = call aten.mm.default(%x, %w)",

@@ -271,7 +271,7 @@ def slopes_agree(graph: Graph, joint: Graph, flag: bool) -> bool:
     return True
 
 
-@settings(QUICK, max_examples=20)
+@settings(QUICK, max_examples=10)
 @given(SMOOTH_GRAPHS, st.booleans())
 def test_gradients_are_those_of_finite_differences(graph: Graph, flag: bool):
     assert slopes_agree(graph, differentiate(graph).joint, flag)
