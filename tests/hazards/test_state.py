@@ -430,3 +430,49 @@ def test_a_dry_run_sets_nothing_for_the_process() -> None:
 
     same(training(make), 12, engine="speculation")
     assert not torch.is_anomaly_enabled()
+
+
+def transpose_in_place(parts: Parts) -> None:
+    parts.model[2].weight.data = parts.model[2].weight.data.t()
+
+
+def shorten_in_place(parts: Parts) -> None:
+    parts.model[2].bias.data = parts.model[2].bias.data[:1]
+
+
+def move_to_another_type(parts: Parts) -> None:
+    parts.model.double()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("change", [transpose_in_place, shorten_in_place, move_to_another_type])
+def test_parameters_keep_their_objects_and_are_laid_out_otherwise(change: Callable[[Parts], None], mode: Mode) -> None:
+    """A pointer may be the same then; and where eager raises, it does so at the first use and not at the unit's end."""
+
+    def between(number: int, parts: Parts) -> None:
+        if number in (5, 9):
+            change(parts)
+
+    def square() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    runs_as_graph(training(plain, model=square, between=between), 14, mode)
+
+
+def test_layout_changes_while_autocast_is_on() -> None:
+    """Where PyTorch's own guards say no, as they do under autocast, units are still graphs, and changes are seen."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            if number in (5, 9):
+                parts.model[0].weight.data = parts.model[0].weight.data.t()
+            with torch.autocast(x.device.type, dtype=torch.bfloat16):
+                loss = parts.train(parts.model[0](x), y)
+            return loss.detach()
+
+        return step
+
+    def square() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+
+    assert runs_as_graph(training(make, model=square), 14)["graph_iterations"] >= 6

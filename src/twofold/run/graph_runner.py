@@ -32,6 +32,7 @@ from twofold.convert.segments import (
 from twofold.graph import Node, Value, run_node
 
 from .gradient_exits import GradientExits
+from .placement import Placement
 
 
 @dataclass(eq=False)
@@ -41,7 +42,7 @@ class Installed:
     program: Program
     executable: Executable
     statics: Environment = field(init=False)
-    pointers: list[int] = field(init=False)
+    placement: Placement = field(init=False)
     """Where the statics live."""
     starts: tuple[tuple[torch.Tensor, ...], tuple[bool, ...]] = field(init=False)
     """All leaves that get gradients, and which of them have one at every start."""
@@ -67,7 +68,7 @@ class Installed:
     def __post_init__(self) -> None:
         program = self.program
         self.statics = {value: tensor.detach() for value, tensor in program.statics.items()}
-        self.pointers = list(map(_data_ptr, program.statics.values()))
+        self.placement = Placement(program.statics.values())
         plans = program.gradients
         self.starts = tuple(plan.leaf for plan in plans), tuple(plan.had_gradient for plan in plans)
         self.entries = [(plan.entry, plan.leaf) for plan in program.gradients if plan.entry is not None]
@@ -145,16 +146,11 @@ class Installed:
         """Whether parameters and buffers still live where they did, and gradients are as at every start."""
         leaves, had_gradient = self.starts
         return (
-            self.lives_where_it_did()
+            self.placement.is_kept()
             and tuple(map(operator.is_not, map(_grad, leaves), itertools.repeat(None))) == had_gradient
         )
 
-    def lives_where_it_did(self) -> bool:
-        """Whether parameters and buffers still do."""
-        return list(map(_data_ptr, self.program.statics.values())) == self.pointers
 
-
-_data_ptr = torch.Tensor.data_ptr
 _grad = operator.attrgetter("grad")
 
 

@@ -59,7 +59,7 @@ class TensorWork:
         if not self.is_up_to_date():
             raise CannotSpeculate("the graph of the path is being built again")
         installed = self.path.executable
-        if not installed.lives_where_it_did():  # whether there are gradients is in the signature
+        if not installed.placement.is_kept():  # whether there are gradients is in the signature
             raise CannotSpeculate("a parameter or gradient was replaced")
         for plan in self._optimizers:
             if not plan.still_holds() or has_step_hooks(plan.optimizer):
