@@ -476,3 +476,24 @@ def test_layout_changes_while_autocast_is_on() -> None:
         return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
 
     assert runs_as_graph(training(make, model=square), 14)["graph_iterations"] >= 6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_version_counters(mode: Mode) -> None:
+    """Also where a segment was launched on a prediction that failed, and what it wrote is put back."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        parts.seen["versions"] = []
+        kept = torch.zeros(3)
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            if number:
+                parts.seen["versions"].append((kept._version, parts.model[0].weight._version))
+            kept.add_(1)
+            if x.sum().item() > 0:
+                kept.mul_(0.5)
+            return parts.train(x, y).detach()
+
+        return step
+
+    runs_as_graph(training(make), 24, mode, engine="coexecution")

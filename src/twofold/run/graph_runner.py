@@ -33,6 +33,7 @@ from twofold.graph import Node, Value, run_node
 
 from .gradient_exits import GradientExits
 from .placement import Placement
+from .versions import keep_versions
 
 
 @dataclass(eq=False)
@@ -205,6 +206,7 @@ class GraphRunner:
         self._copies: Environment = {}
         """Of memory that the next launch uses again: what the program is handed."""
         self._saved: dict[Value, torch.Tensor] = {}
+        self._restore_versions: list[Callable[[], None]] = []
         self._random: RandomState | None = None
         self._is_ahead = False
         self._undo: list[Callable[[], None]] = []
@@ -280,9 +282,10 @@ class GraphRunner:
     def _save(self, written: list[Value]) -> None:
         if self._random is None and self.program.uses_random:
             self._random = RandomState.take()
-        for value in written:
-            if value not in self._saved:
-                self._saved[value] = self.environment[value].clone()
+        fresh = [value for value in written if value not in self._saved]
+        if fresh:
+            self._saved.update((value, self.environment[value].clone()) for value in fresh)
+            self._restore_versions.append(keep_versions(self.environment[value] for value in fresh))
 
     def value(self, value: Value) -> torch.Tensor:
         """Return a computed value. It aliases memory that the next launch of the path may overwrite."""
@@ -367,6 +370,8 @@ class GraphRunner:
             undo()
         for value, saved in self._saved.items():
             self.environment[value].copy_(saved)
+        for restore in self._restore_versions:
+            restore()
         if self._random is not None:
             self._random.restore()
         self._saved.clear()
@@ -380,6 +385,7 @@ def _saved_step(plan: OptimizerPlan) -> Callable[[], None]:
     written = [*stepped, *(t for state in states for t in state.values() if isinstance(t, torch.Tensor))]
     copies = [(tensor, tensor.detach().clone()) for tensor in written]
     numbers = [dict(state) for state in states]
+    restore_versions = keep_versions(written)
 
     def undo() -> None:
         for parameter, gradient in gradients:
@@ -389,6 +395,7 @@ def _saved_step(plan: OptimizerPlan) -> Callable[[], None]:
             state.update(known)
         for tensor, copy in copies:
             tensor.copy_(copy)
+        restore_versions()
 
     return undo
 
