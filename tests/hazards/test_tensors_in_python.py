@@ -464,3 +464,21 @@ def test_out_argument() -> None:
         return step
 
     accounted(training(make), 8)
+
+
+@pytest.mark.parametrize("engine", ["coexecution", "speculation"])
+@pytest.mark.parametrize("read", [str, lambda t: copy.deepcopy(t).requires_grad], ids=["str", "deepcopy"])
+def test_result_of_the_unit_before_is_detached_and_read(read: Callable[[torch.Tensor], Any], engine: str) -> None:
+    """It is fed as it is, history and all, where nothing can write to it meanwhile; what is detached has none."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        parts.seen["last"] = torch.zeros(())
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.seen["read"] = read(parts.seen["last"].detach())
+            parts.seen["last"] = loss = parts.train(x, y)
+            return loss
+
+        return step
+
+    runs_as_graph(training(make), 20, engine=engine)
