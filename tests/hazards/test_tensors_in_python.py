@@ -482,3 +482,40 @@ def test_result_of_the_unit_before_is_detached_and_read(read: Callable[[torch.Te
         return step
 
     runs_as_graph(training(make), 20, engine=engine)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_numbers_are_set(mode: Mode) -> None:
+    """PyTorch makes a tensor of such a number, on the CPU also where it is set on a device."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        rows = torch.tensor([0, 2])
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            work, counts = x * 2, torch.zeros(6, 4, dtype=torch.long)
+            work[0] = 1.0
+            work[1:, ::2] = -0.5
+            work[rows] = 2
+            work[:, rows] = float("-inf")
+            work[..., 1] = True
+            work[3, 3] = 1 / 3
+            counts[rows, 1] = -100
+            counts[4] = 7
+            return parts.train(work.clamp(-2, 2) + counts / 100, y).detach(), work, counts
+
+        return step
+
+    runs_as_graph(training(make), 10, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_number_is_set_through_a_mask(mode: Mode) -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            work = x * 2
+            work[x > 0] = 0.25
+            return parts.train(work, y).detach(), work
+
+        return step
+
+    accounted(training(make), 10, mode)
