@@ -1,7 +1,7 @@
 """Every test starts from the same seeds and one thread; tests marked ``gpu`` run where there is one.
 
 `pytest --device cuda` makes the tensors of all other tests there too, so that hazards and random programs are seen on
-an accelerator. Some of them are about the CPU and fail so; a difference from eager is a defect wherever it comes from.
+an accelerator: a difference from eager is a defect wherever it comes from. Those marked ``cpu`` are left out then.
 """
 
 import random

@@ -147,7 +147,14 @@ class Driver:
             return Mode.RECORD
         if not is_settled:
             self.builder.choose(path)
-        return Mode.IDLE if path.executable is None else Mode.FOLLOW
+        if path.executable is None:
+            return Mode.IDLE
+        if path.executable.placement.has_kept_layouts():
+            return Mode.FOLLOW
+        # Where the program raises because of that, it shall do so at its own line.
+        self.account.fallback("mutated_outside", "a parameter or buffer has another shape, layout, type or device")
+        path.stale = True
+        return Mode.RECORD
 
     def _others_run(self, root: PathNode, blocked: Path) -> bool:
         """Whether units that begin at `root` take a path that runs as a graph as often as a blocked one."""

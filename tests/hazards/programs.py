@@ -111,6 +111,18 @@ def stays_eager(factory: Factory, code: str, steps: int = STEPS, mode: Mode = "f
     return report
 
 
+def each_unit_is_a_path(
+    factory: Factory, steps: int = STEPS, mode: Mode = "function", forgotten: int = 0
+) -> dict[str, Any]:
+    """As `same`, and no unit went the way of another: a limit that the documents state.
+
+    `forgotten`: paths that were dropped when another number, which can be fed, had been learned.
+    """
+    report = same(factory, steps, mode)
+    assert report["paths"] + forgotten == report["iterations"] == report["eager_iterations"], summary(report)
+    return report
+
+
 def accounted(factory: Factory, steps: int = STEPS, mode: Mode = "function") -> dict[str, Any]:
     """As `same`, and either graphs ran or the report says why not."""
     report = same(factory, steps, mode)

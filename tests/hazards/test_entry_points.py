@@ -82,7 +82,7 @@ def test_nested_arguments_keywords_and_defaults() -> None:
             return loss.detach(), sorted(others)
 
         def batches(number: int) -> tuple[Any, ...]:
-            generator = torch.Generator().manual_seed(number)
+            generator = torch.Generator(torch.empty(0).device).manual_seed(number)
             batch = {
                 "x": [torch.randn(6, 4, generator=generator), None],
                 "y": torch.randn(6, 3, generator=generator),

@@ -417,3 +417,42 @@ def _fails_when_told(weight: torch.Tensor, fail: bool) -> torch.Tensor:
     if fail:
         raise Stop
     return value + 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_call_that_raises_was_given_a_tensor_of_its_own(place: str, mode: Mode) -> None:
+    """It is no event, and counted as given to the unit the tensor shifted those that came after."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        short = torch.zeros(5)
+
+        def attempt(x: torch.Tensor) -> None:
+            try:
+                short.add_(x.mean(0))
+            except RuntimeError as error:
+                print(type(error).__name__)
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            if place == "first":
+                attempt(x)
+            loss = parts.train(x, y)
+            if place == "last":
+                attempt(x)
+            return loss.detach()
+
+        return step
+
+    accounted(training(make), 8, mode)
+
+
+def test_report_counts_the_units_that_raise() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.loss(x, y)
+            raise Stop
+
+        return step
+
+    report = accounted(training(make), 8)
+    assert [(entry["code"], entry["count"]) for entry in report["fallbacks"]] == [("unit_raised", 8)]

@@ -1,6 +1,6 @@
 """`.grad`, hooks and autograd used in other ways than one plain `backward()`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -691,6 +691,15 @@ def test_clip_grad_value_and_logged_norms(mode: Mode) -> None:
     runs_as_graph(training(make), 8, mode)
 
 
+@pytest.fixture
+def _deterministic() -> Generator[None]:
+    """On CUDA eager adds the rows of a sparse gradient up in any order otherwise, and differs from itself."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_deterministic")
 @pytest.mark.parametrize("mode", MODES)
 def test_sparse_gradient(mode: Mode) -> None:
     def make(parts: Parts) -> Callable[..., Any]:

@@ -54,7 +54,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, segment: int) -> list[int]:
 @pytest.mark.parametrize(("optimizer", "segment"), [("sgd", 0), ("sgd", 1), ("adam", 0), ("adam", 1)])
 def test_a_launch_fails(optimizer: str, segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = plant(monkeypatch, segment)
-    report = runs_as_graph(PROGRAMS[optimizer], STEPS + 2, engine="coexecution")
+    report = runs_as_graph(PROGRAMS[optimizer], STEPS + 2, engine="coexecution", backend="replay")
     assert len(launches) > 1
     failures = [entry for entry in report["fallbacks"] if entry["code"] == "capture_failed"]
     assert sum(entry["count"] for entry in failures) == len(launches) // 2
@@ -67,4 +67,4 @@ def test_harness_catches_a_failure_that_is_not_undone(monkeypatch: pytest.Monkey
     plant(monkeypatch, 1)
     monkeypatch.setattr(GraphRunner, "discard", lambda _: None)
     with pytest.raises(AssertionError, match="differences from eager"):
-        same(PROGRAMS["sgd"], STEPS + 2, engine="coexecution")
+        same(PROGRAMS["sgd"], STEPS + 2, engine="coexecution", backend="replay")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -258,11 +259,13 @@ print([p.sum().item() for p in model.parameters()])
 def test_script_that_trains_and_evaluates(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     under = ["-m", "twofold", "run", "--numerics", "exact", "--backend", "replay", "--report", "r.html", "script.py"]
-    outputs = [
-        subprocess.run([sys.executable, *way], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
-        for way in (["script.py"], under)
-    ]
-    assert outputs[0].stdout == outputs[1].stdout
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    def run_script(way: list[str]) -> str:
+        return subprocess.check_output([sys.executable, *way], cwd=tmp_path, env=found, text=True, timeout=120)
+
+    outputs = [run_script(way) for way in (["script.py"], under)]
+    assert outputs[0] == outputs[1]
     assert "as graphs" in (tmp_path / "r.html").read_text()
 
 

@@ -180,7 +180,7 @@ def test_state_is_saved_and_set_back(mode: Mode) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_generator_of_the_users_own(mode: Mode) -> None:
     def make(parts: Parts) -> Callable[..., Any]:
-        generator = torch.Generator().manual_seed(5)
+        generator = torch.Generator(torch.empty(0).device).manual_seed(5)
 
         def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
             noise = torch.randn(6, 4, generator=generator)
@@ -196,7 +196,7 @@ def test_generator_of_the_users_own(mode: Mode) -> None:
 
 def test_generator_when_a_path_is_left() -> None:
     def make(parts: Parts) -> Callable[..., Any]:
-        generator = torch.Generator().manual_seed(5)
+        generator = torch.Generator(torch.empty(0).device).manual_seed(5)
 
         def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
             parts.optimizer.zero_grad()
@@ -254,7 +254,7 @@ def test_minibatches_by_hand(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("shuffle", [pytest.param(True, marks=pytest.mark.cpu), False])
 def test_data_loader(shuffle: bool, mode: Mode) -> None:
     def make(parts: Parts) -> Callable[..., Any]:
         data = TensorDataset(torch.randn(20, 4), torch.randn(20, 3))
@@ -268,6 +268,7 @@ def test_data_loader(shuffle: bool, mode: Mode) -> None:
     runs_as_graph(training(make, model=noisy), 6, mode)
 
 
+@pytest.mark.cpu
 def test_data_loader_outside_of_a_function() -> None:
     def build() -> Program:
         model = noisy()
@@ -284,6 +285,7 @@ def test_data_loader_outside_of_a_function() -> None:
     runs_as_graph(build, 16)
 
 
+@pytest.mark.cpu
 def test_loader_with_random_transforms() -> None:
     class Data(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:

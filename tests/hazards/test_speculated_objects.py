@@ -308,7 +308,7 @@ def test_distributions_and_arrays_that_become_tensors() -> None:
 
         def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
             observed = np.sin(np.arange(12.0).reshape(3, 4) * (1 + number % 3)).astype(np.float32)
-            policy = Categorical(logits=parts.model(torch.from_numpy(observed)))
+            policy = Categorical(logits=parts.model(torch.as_tensor(observed, device=x.device)))
             action = policy.sample()
             parts.seen["actions"].append(action.tolist())
             parts.optimizer.zero_grad()
@@ -322,6 +322,7 @@ def test_distributions_and_arrays_that_become_tensors() -> None:
     speculates(training(make))
 
 
+@pytest.mark.cpu
 def test_array_that_shares_its_memory_with_a_tensor_changes_within_the_call() -> None:
     """The change comes before the tensor is read: it cannot wait until the unit has been launched."""
 

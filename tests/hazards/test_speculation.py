@@ -299,7 +299,7 @@ def test_autocast_and_modes_around_the_call() -> None:
         for _ in range(10):
             expected = model(x)
             assert torch.equal(function(x), expected)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
             for _ in range(6):
                 assert function(x).dtype == torch.bfloat16
         assert torch.equal(function(x), model(x))

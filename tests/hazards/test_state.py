@@ -151,7 +151,7 @@ def swap_two(parts: Parts) -> None:
 
 CHANGES = [
     replace_parameter, replace_parameter_alone, swap_data, swap_data_of_a_view, write_data,
-    write_without_grad, write_through_numpy, load_state, load_state_by_assigning,
+    write_without_grad, pytest.param(write_through_numpy, marks=pytest.mark.cpu), load_state, load_state_by_assigning,
     initialise_again, replace_module,
     move_to_its_own_type, replace_gradient, swap_two,
 ]  # fmt: skip
@@ -230,7 +230,11 @@ def test_parameters_share_memory() -> None:
         built[1].weight.data = built[0].weight.data
         return built
 
-    runs_as_graph(training(plain, model=model), 8)
+    def one_by_one(built: Any) -> Any:
+        """One kernel for all, eager's way on CUDA, writes to shared memory twice at once, and loses a write at will."""
+        return torch.optim.SGD(built.parameters(), lr=0.1, foreach=False)
+
+    runs_as_graph(training(plain, model=model, optimizer=one_by_one), 8)
 
 
 def test_parameters_are_views_of_one_flat_tensor() -> None:
@@ -430,3 +434,70 @@ def test_a_dry_run_sets_nothing_for_the_process() -> None:
 
     same(training(make), 12, engine="speculation")
     assert not torch.is_anomaly_enabled()
+
+
+def transpose_in_place(parts: Parts) -> None:
+    parts.model[2].weight.data = parts.model[2].weight.data.t()
+
+
+def shorten_in_place(parts: Parts) -> None:
+    parts.model[2].bias.data = parts.model[2].bias.data[:1]
+
+
+def move_to_another_type(parts: Parts) -> None:
+    parts.model.double()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("change", [transpose_in_place, shorten_in_place, move_to_another_type])
+def test_parameters_keep_their_objects_and_are_laid_out_otherwise(change: Callable[[Parts], None], mode: Mode) -> None:
+    """A pointer may be the same then; and where eager raises, it does so at the first use and not at the unit's end."""
+
+    def between(number: int, parts: Parts) -> None:
+        if number in (5, 9):
+            change(parts)
+
+    def square() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    runs_as_graph(training(plain, model=square, between=between), 14, mode)
+
+
+def test_layout_changes_while_autocast_is_on() -> None:
+    """Where PyTorch's own guards say no, as they do under autocast, units are still graphs, and changes are seen."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            if number in (5, 9):
+                parts.model[0].weight.data = parts.model[0].weight.data.t()
+            with torch.autocast(x.device.type, dtype=torch.bfloat16):
+                loss = parts.train(parts.model[0](x), y)
+            return loss.detach()
+
+        return step
+
+    def square() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+
+    assert runs_as_graph(training(make, model=square), 14)["graph_iterations"] >= 6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_version_counters(mode: Mode) -> None:
+    """Also where a segment was launched on a prediction that failed, and what it wrote is put back."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        parts.seen["versions"] = []
+        kept = torch.zeros(3)
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            if number:
+                parts.seen["versions"].append((kept._version, parts.model[0].weight._version))
+            kept.add_(1)
+            if x.sum().item() > 0:
+                kept.mul_(0.5)
+            return parts.train(x, y).detach()
+
+        return step
+
+    runs_as_graph(training(make), 24, mode, engine="coexecution")

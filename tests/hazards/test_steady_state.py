@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.hazards.programs import Parts, same, sgd, training
 from twofold.convert.from_traces import OptimizerPlan
-from twofold.run.graph_runner import Installed
+from twofold.run.placement import Placement
 from twofold.run.speculation import unit
 
 STEPS = 24
@@ -120,7 +120,7 @@ def test_harness_catches_an_optimizer_that_is_not_looked_at(disturb: Disturb, mo
 
 
 def test_harness_catches_memory_that_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Installed, "lives_where_it_did", lambda _: True)
+    monkeypatch.setattr(Placement, "is_kept", lambda _: True)
     with pytest.raises(AssertionError, match="differences from eager"):
         run(move_parameter, "speculation")
 

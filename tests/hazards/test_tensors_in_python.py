@@ -31,6 +31,7 @@ READS: dict[str, Callable[[torch.Tensor], Any]] = {
     "array": lambda t: np.array(t.detach()),
     "np.mean": lambda t: np.mean(t.detach().numpy()),
     "np on tensor": lambda t: np.sqrt(t.detach().abs()).sum(),
+    "numpy of a copy": lambda t: t.detach().cpu().numpy().copy(),
     "math": lambda t: math.exp(t.mean()),
     "str": lambda t: str(t),
     "repr": lambda t: repr(t.detach()),
@@ -108,7 +109,13 @@ def _with_attribute(tensor: Any) -> Any:
     return tensor.note, hasattr(tensor, "other"), sorted(vars(tensor))
 
 
-@pytest.mark.parametrize("name", READS)
+OF_THE_CPU = {"numpy", "asarray", "array", "np.mean", "np on tensor"}
+"""Arrays that show a tensor's memory, which eager execution refuses elsewhere."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.cpu) if name in OF_THE_CPU else name for name in READS]
+)
 def test_read_of_an_intermediate_tensor(name: str) -> None:
     def make(parts: Parts) -> Callable[..., Any]:
         def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
@@ -293,14 +300,15 @@ def test_data_from_the_host(way: str, mode: Mode) -> None:
 
     def make(parts: Parts) -> Callable[..., Any]:
         def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
-            data = np.random.rand(6, 4).astype(np.float32)
-            return parts.train(ways[way](data), y).detach()
+            made = ways[way](np.random.rand(6, 4).astype(np.float32))
+            return parts.train(made if made.device == x.device else made.to(x.device), y).detach()
 
         return step
 
     runs_as_graph(training(make), 10, mode)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("place", ["outside", "before forward", "after forward", "after backward", "after step"])
 def test_array_behind_a_tensor_is_changed(place: str, mode: Mode) -> None:
@@ -333,6 +341,7 @@ def test_array_behind_a_tensor_is_changed(place: str, mode: Mode) -> None:
     accounted(training(make, between=between), 10, mode)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("mode", MODES)
 def test_one_buffer_is_filled_twice_in_a_unit(mode: Mode) -> None:
     def make(parts: Parts) -> Callable[..., Any]:
@@ -464,3 +473,58 @@ def test_out_argument() -> None:
         return step
 
     accounted(training(make), 8)
+
+
+@pytest.mark.parametrize("engine", ["coexecution", "speculation"])
+@pytest.mark.parametrize("read", [str, lambda t: copy.deepcopy(t).requires_grad], ids=["str", "deepcopy"])
+def test_result_of_the_unit_before_is_detached_and_read(read: Callable[[torch.Tensor], Any], engine: str) -> None:
+    """It is fed as it is, history and all, where nothing can write to it meanwhile; what is detached has none."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        parts.seen["last"] = torch.zeros(())
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.seen["read"] = read(parts.seen["last"].detach())
+            parts.seen["last"] = loss = parts.train(x, y)
+            return loss
+
+        return step
+
+    runs_as_graph(training(make), 20, engine=engine)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_numbers_are_set(mode: Mode) -> None:
+    """PyTorch makes a tensor of such a number, on the CPU also where it is set on a device."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        rows = torch.tensor([0, 2])
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            work, counts = x * 2, torch.zeros(6, 4, dtype=torch.long)
+            work[0] = 1.0
+            work[1:, ::2] = -0.5
+            work[rows] = 2
+            work[:, rows] = float("-inf")
+            work[..., 1] = True
+            work[3, 3] = 1 / 3
+            counts[rows, 1] = -100
+            counts[4] = 7
+            return parts.train(work.clamp(-2, 2) + counts / 100, y).detach(), work, counts
+
+        return step
+
+    runs_as_graph(training(make), 10, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_number_is_set_through_a_mask(mode: Mode) -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            work = x * 2
+            work[x > 0] = 0.25
+            return parts.train(work, y).detach(), work
+
+        return step
+
+    accounted(training(make), 10, mode)

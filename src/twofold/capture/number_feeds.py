@@ -11,10 +11,13 @@ rounded to them), `number - tensor` and `**`, and on CUDA division by a number (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
 import torch
+
+from twofold.graph import TensorSpec
 
 from .trace import Event
 
@@ -60,11 +63,20 @@ def number_as_tensor(function: Any, arguments: tuple[Any, ...], keywords: dict[s
     if function not in ARITHMETIC or len(arguments) != 2 or keywords:
         return None
     operand, number = arguments
-    if not isinstance(operand, torch.Tensor) or not fits(number, operand.dtype):
-        return None
-    if operand.device.type not in ("cpu", "cuda") or (operand.is_cuda and function in _DIVISIONS):
+    if not isinstance(operand, torch.Tensor) or not _may_be_fed(function, number, operand.dtype, operand.device):
         return None
     return number_tensor(number, operand.dtype, operand.device)
+
+
+def _may_be_fed(function: Any, number: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    is_left_out = device.type == "cuda" and function in _DIVISIONS
+    return fits(number, dtype) and device.type in ("cpu", "cuda") and not is_left_out
+
+
+def is_feedable(event: Event, specs: Sequence[TensorSpec]) -> bool:
+    """Whether the number of recorded arithmetic may be fed; `specs` are those of its trace."""
+    operand = next((specs[index] for operation in event.operations for index in operation.reads()), None)
+    return operand is not None and _may_be_fed(event.function, event.arguments[1], operand.dtype, operand.device)
 
 
 def differ_in_number(left: Event, right: Event) -> bool:

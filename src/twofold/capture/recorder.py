@@ -129,7 +129,11 @@ class Recorder:
         if function in DIFFERENTIATE:
             self._note_backward(arguments, keywords, origin)
         self._asked = False
-        result = self._run_announced(function, arguments, keywords)
+        try:
+            result = self._run_announced(function, arguments, keywords)
+        except BaseException:  # no event, so what it alone was given is none of the unit's
+            self._writer.forget_externals(known)
+            raise
         operations = self._writer.take_operations()
         made: list[torch.Tensor] = leaves(result, _TENSOR)
         if kind == "call" and self._is_fetch(function, given, made, result):

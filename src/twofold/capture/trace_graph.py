@@ -23,7 +23,7 @@ from twofold.graph import Origin, TensorSpec
 
 from .history import Layout, Watch
 from .match import Match, Placeholders, Role, build_match, equal_templates
-from .number_feeds import differ_in_number
+from .number_feeds import differ_in_number, is_feedable
 from .trace import Event, External, Made, Slot, Trace, leaves
 
 MAX_SITE_VARIANTS = 3
@@ -357,11 +357,17 @@ class TraceGraph:
         siblings = [c for c in parent.children if c.event is not None and differ_in_number(c.event, event)]
         if len(siblings) + 1 < MAX_SITE_VARIANTS or (event.function, event.origin) in self.number_sites:
             return False
+        if not is_feedable(event, trace.specs):
+            return False
         assert siblings[-1].latest is not None
         earlier = siblings[-1].latest.trace.events
         pairs = zip(trace.events[depth:], earlier[depth:], strict=False)
         self.lesson = "arithmetic was given other Python numbers again; they are fed to the graph from now on"
-        self.number_sites |= {(now.function, now.origin) for now, then in pairs if differ_in_number(now, then)}
+        self.number_sites |= {
+            (now.function, now.origin)
+            for now, then in pairs
+            if differ_in_number(now, then) and is_feedable(now, trace.specs)
+        }
         return True
 
     def _learn_site(self, parent: PathNode, event: Event, trace: Trace) -> bool:

@@ -40,6 +40,7 @@ from .histories import BackwardPlan, HistoryPlan, residuals_of
 from .optimizers import Setting, hyper_parameters, lower_step, replays_exactly
 from .products import merge_products
 from .segments import Segment, cut, root_of, view_nodes
+from .set_numbers import number_on_device
 from .split_parts import settle_split_parts
 
 _AMBIENT = Ambient(grad=False)
@@ -272,6 +273,10 @@ class _Builder:
             self._add_optimizer(index, event)
         else:
             for operation in event.operations:
+                on_device = number_on_device(event, operation, self.trace, str(len(self.nodes)))
+                if on_device is not None:
+                    self.nodes.append(on_device[0])
+                    operation = on_device[1]
                 self._add_operation(operation, event.origin)
 
     def _add_fetch(self, index: int, event: Event, values: list[Value]) -> None:

@@ -29,6 +29,7 @@ from twofold.options import Options, has_cpp_compiler
 
 from .account import Account
 from .graph_runner import Installed, RandomState, example_environment
+from .versions import keep_versions
 
 WARM_UP_UNITS = 2
 """Units of a path on a tier whose times do not count."""
@@ -304,6 +305,7 @@ class Builder:
         warm = inner.backend != "replay"
         saved = Installed(program, inner).save_written() if warm else None
         random = RandomState.take()
+        restore_versions = keep_versions(program.statics.values())
         try:
             executable = CudaGraphExecutable(program, inner, given, warm)
         except torch.OutOfMemoryError:
@@ -317,6 +319,7 @@ class Builder:
             if saved is not None:
                 saved()
             random.restore()
+            restore_versions()  # a capture computes nothing and the warm-up is undone, but both count as writes
         self.account.captures += 1
         return executable
 

@@ -114,7 +114,8 @@ class FollowedUnit:
         with unheard(), torch.no_grad():
             if function in NUMBER_READS and (copied := run.host_value(position)) is not None:
                 return function(copied)
-            values = iter([run.value(v) for v in path.program.fetches[node.depth]])
+            # A feed is the program's own tensor, with its history, where it is not copied.
+            values = iter([run.value(v).detach() for v in path.program.fetches[node.depth]])
         shows_history = function in (_TENSOR.__repr__, _TENSOR.__format__)
 
         def real(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,7 +124,7 @@ class FollowedUnit:
             if known is None:
                 return tensor
             if shows_history and known[1].grad_function:
-                return with_freed_history(value.detach(), known[1].grad_function)
+                return with_freed_history(value, known[1].grad_function)
             return value.requires_grad_() if known[1].requires_grad and known[1].is_leaf else value
 
         arguments, keywords = map_leaves((arguments, keywords), _TENSOR, real)

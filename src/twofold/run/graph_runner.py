@@ -32,6 +32,8 @@ from twofold.convert.segments import (
 from twofold.graph import Node, Value, run_node
 
 from .gradient_exits import GradientExits
+from .placement import Placement
+from .versions import keep_versions
 
 
 @dataclass(eq=False)
@@ -41,7 +43,7 @@ class Installed:
     program: Program
     executable: Executable
     statics: Environment = field(init=False)
-    pointers: list[int] = field(init=False)
+    placement: Placement = field(init=False)
     """Where the statics live."""
     starts: tuple[tuple[torch.Tensor, ...], tuple[bool, ...]] = field(init=False)
     """All leaves that get gradients, and which of them have one at every start."""
@@ -67,7 +69,7 @@ class Installed:
     def __post_init__(self) -> None:
         program = self.program
         self.statics = {value: tensor.detach() for value, tensor in program.statics.items()}
-        self.pointers = list(map(_data_ptr, program.statics.values()))
+        self.placement = Placement(program.statics.values())
         plans = program.gradients
         self.starts = tuple(plan.leaf for plan in plans), tuple(plan.had_gradient for plan in plans)
         self.entries = [(plan.entry, plan.leaf) for plan in program.gradients if plan.entry is not None]
@@ -145,16 +147,11 @@ class Installed:
         """Whether parameters and buffers still live where they did, and gradients are as at every start."""
         leaves, had_gradient = self.starts
         return (
-            self.lives_where_it_did()
+            self.placement.is_kept()
             and tuple(map(operator.is_not, map(_grad, leaves), itertools.repeat(None))) == had_gradient
         )
 
-    def lives_where_it_did(self) -> bool:
-        """Whether parameters and buffers still do."""
-        return list(map(_data_ptr, self.program.statics.values())) == self.pointers
 
-
-_data_ptr = torch.Tensor.data_ptr
 _grad = operator.attrgetter("grad")
 
 
@@ -209,6 +206,7 @@ class GraphRunner:
         self._copies: Environment = {}
         """Of memory that the next launch uses again: what the program is handed."""
         self._saved: dict[Value, torch.Tensor] = {}
+        self._restore_versions: list[Callable[[], None]] = []
         self._random: RandomState | None = None
         self._is_ahead = False
         self._undo: list[Callable[[], None]] = []
@@ -284,9 +282,10 @@ class GraphRunner:
     def _save(self, written: list[Value]) -> None:
         if self._random is None and self.program.uses_random:
             self._random = RandomState.take()
-        for value in written:
-            if value not in self._saved:
-                self._saved[value] = self.environment[value].clone()
+        fresh = [value for value in written if value not in self._saved]
+        if fresh:
+            self._saved.update((value, self.environment[value].clone()) for value in fresh)
+            self._restore_versions.append(keep_versions(self.environment[value] for value in fresh))
 
     def value(self, value: Value) -> torch.Tensor:
         """Return a computed value. It aliases memory that the next launch of the path may overwrite."""
@@ -371,6 +370,8 @@ class GraphRunner:
             undo()
         for value, saved in self._saved.items():
             self.environment[value].copy_(saved)
+        for restore in self._restore_versions:
+            restore()
         if self._random is not None:
             self._random.restore()
         self._saved.clear()
@@ -384,6 +385,7 @@ def _saved_step(plan: OptimizerPlan) -> Callable[[], None]:
     written = [*stepped, *(t for state in states for t in state.values() if isinstance(t, torch.Tensor))]
     copies = [(tensor, tensor.detach().clone()) for tensor in written]
     numbers = [dict(state) for state in states]
+    restore_versions = keep_versions(written)
 
     def undo() -> None:
         for parameter, gradient in gradients:
@@ -393,6 +395,7 @@ def _saved_step(plan: OptimizerPlan) -> Callable[[], None]:
             state.update(known)
         for tensor, copy in copies:
             tensor.copy_(copy)
+        restore_versions()
 
     return undo
 

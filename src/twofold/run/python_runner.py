@@ -131,9 +131,12 @@ class PythonRunner:
 
     def abandon(self) -> None:
         """End a unit that an exception leaves: state becomes what eager execution has at that line."""
+        raised = "the program raised an exception inside the unit"
         if self._node is not None and self._node.parent is not None:
             with torch._C.DisableTorchFunction():
-                self.leave("unit_raised", "the program raised an exception inside the unit")
+                self.leave("unit_raised", raised)
+        elif self._recorder is not None or self._unheard is not None:
+            self.account.fallback("unit_raised", raised)
         self._node = None
         if self._recorder is not None:
             with unheard():

@@ -368,3 +368,52 @@ def test_outputs_that_share_memory_have_no_graph(unit: str):
         return hidden.chunk(2) if unit == "two views" else (hidden, hidden.detach())
 
     assert refusal_of(path_with_history(run)) == "history_escapes"
+
+
+# ---- numbers set on a device -----------------------------------------------------------------------------------
+
+
+def as_on_a_device(path: Path) -> Path:
+    """Make of a recording what it is on a device: all tensors there, but those that PyTorch made of numbers."""
+    specs, hidden = path.trace.specs, path.trace.hidden
+    device = torch.device("cuda", 0)
+    specs[:] = [spec if index in hidden else replace(spec, device=device) for index, spec in enumerate(specs)]
+    return path
+
+
+def test_numbers_set_on_a_device_are_made_there():
+    x, rows = torch.ones(4, 3), torch.tensor([0, 2])
+
+    def step() -> torch.Tensor:
+        work = x.exp()
+        work[0] = 2.5
+        work[rows] = -1
+        work[1, 2] = True
+        return work
+
+    graph = build_program(as_on_a_device(recorded_path(step)), exact=True).graph
+    made = [node for node in graph.nodes if str(node.target) == "aten.full.default"]
+    assert [node.arguments for node in made] == [([], 2.5), ([], -1.0), ([], 1.0)]
+    assert {str(node.results[0].spec) for node in made} == {"f32[]@cuda:0"}
+    read = {value for node in graph.nodes for value in node.operands}
+    assert all(node.results[0] in read for node in made)
+    assert [value.spec.shape for value in graph.inputs if value.spec is not None] == [(4, 3), (2,)]
+
+
+@pytest.mark.parametrize("kind", ["a mask", "a tensor"])
+def test_what_else_is_set_from_the_cpu_has_no_graph(kind: str):
+    x, number = torch.ones(4, 3), torch.tensor(2.0)
+
+    def step() -> torch.Tensor:
+        work = x.exp()
+        if kind == "a mask":
+            work[work > 1] = 2.0
+        else:
+            work[0] = number
+        return work
+
+    path = as_on_a_device(recorded_path(step))
+    external = path.trace.external_numbers[-1]
+    if kind == "a tensor":
+        path.trace.specs[external] = replace(path.trace.specs[external], device=torch.device("cpu"))
+    assert refusal_of(path) == "unsupported_call"

@@ -248,3 +248,24 @@ def test_too_large_a_unit_is_not_compiled(orders: Orders, monkeypatch: pytest.Mo
     assert [code for code, _, _ in builder.account.fallbacks] == ["too_large"]
     assert builder.orders() == []
     assert backend(path) == "replay"
+
+
+def test_a_capture_counts_as_no_write(monkeypatch: pytest.MonkeyPatch):
+    """It runs the operations of a graph, which compute nothing then, and yet are counted."""
+
+    class Captured(ReplayExecutable):
+        backend = "cuda_graph"
+
+        def __init__(self, program: Any, inner: Any, given: Any, _warm_up: bool) -> None:
+            super().__init__(program)
+            for index in range(len(program.segments)):
+                inner.launch(index, given)
+
+    monkeypatch.setattr(builder_module, "CudaGraphExecutable", Captured)
+    net = Linear()
+    path = recorded_path(lambda: net.step(torch.ones(4, 3)))
+    before = net.weight._version
+    builder = make_builder(backend="auto")
+    builder.prepare(path, accelerator=True)
+    assert backend(path) == "cuda_graph"
+    assert net.weight._version == before

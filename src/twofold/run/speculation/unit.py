@@ -59,7 +59,7 @@ class TensorWork:
         if not self.is_up_to_date():
             raise CannotSpeculate("the graph of the path is being built again")
         installed = self.path.executable
-        if not installed.lives_where_it_did():  # whether there are gradients is in the signature
+        if not installed.placement.is_kept():  # whether there are gradients is in the signature
             raise CannotSpeculate("a parameter or gradient was replaced")
         for plan in self._optimizers:
             if not plan.still_holds() or has_step_hooks(plan.optimizer):
@@ -130,7 +130,7 @@ class SpeculatedUnit:
             run.launch_ahead()
             if function in NUMBER_READS and (copied := run.host_value(position)) is not None:
                 return function(copied, *rest)
-            values = [run.value(value) for value in program.fetches[event]]
+            values = [run.value(value).detach() for value in program.fetches[event]]  # a feed may have a history
         recorded: Any = self._work.path.nodes[event].event
         references = leaves((recorded.arguments, recorded.keywords), (Slot, External))
         shows_history = function in (_TENSOR.__repr__, _TENSOR.__format__)
@@ -144,7 +144,7 @@ class SpeculatedUnit:
             return self._given[reference.index] if role.tensor is None else role.tensor
         made = path.made_in(reference.index)
         if shows_history and made.grad_function:
-            return with_freed_history(value.detach(), made.grad_function)
+            return with_freed_history(value, made.grad_function)
         return value.requires_grad_() if made.requires_grad and made.is_leaf else value
 
     def step(self, event: int) -> None:
