@@ -153,7 +153,7 @@ class Builder:
         orders, state.orders = state.orders, []
         failure = next((order.exception() for order in orders if order.exception() is not None), None)
         if failure is not None:
-            self._say_compile_failed(str(failure))
+            self._say_compile_failed(failure, state)
             return
         began = time.perf_counter()
         with modes_taken_off(), torch.no_grad():
@@ -337,15 +337,16 @@ class Builder:
         try:
             texts = piece_texts(path.program)
         except CompileFailed as failure:
-            self._say_compile_failed(str(failure))
+            self._say_compile_failed(failure, state)
             return
         background = self.options.background
         self._ordered |= texts.keys()
         state.orders = [compiler().order(key, text, background) for key, text in texts.items()]
         self.account.decision(f"compiling {len(texts)} pieces for a path of {path.call_count} calls")
 
-    def _say_compile_failed(self, failure: str) -> None:
-        self.account.fallback("compile_failed", failure)
+    def _say_compile_failed(self, failure: BaseException, state: PathState) -> None:
+        code = failure.code if isinstance(failure, CompileFailed) else "compile_failed"
+        self.account.fallback(code, str(failure), tier=next(iter(state.tiers), "eager"))
 
     def _block(self, path: Path, code: str, reason: str, origin: str | None = None) -> None:
         path.blocked = code
