@@ -130,9 +130,8 @@ class TraceWriter:
         self.trace.fed_numbers = {index for index in self.trace.fed_numbers if index < count}
 
     def rename(self, tensor: torch.Tensor, placeholder: torch.Tensor) -> None:
-        """Take note that `placeholder` is now the object that `tensor` was."""
-        reference = self._references.pop(id(tensor), None)
-        self._alive.pop(id(tensor), None)
+        """Take note that `placeholder` is now what `tensor` was, or shows the same."""
+        reference = self._known_reference(tensor)
         if reference is not None:
             self._remember(placeholder, reference)
 

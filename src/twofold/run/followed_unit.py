@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from twofold.capture.functions import NUMBER_READS
+from twofold.capture.functions import NUMBER_READS, READ_GRADIENT
 from twofold.capture.intercept import unheard
 from twofold.capture.number_feeds import number_tensor
 from twofold.capture.recorder import Recorder
-from twofold.capture.trace import External, Slot, leaves, map_leaves
+from twofold.capture.trace import Event, External, Slot, leaves, map_leaves
 from twofold.capture.trace_graph import Path, PathNode, TraceGraph
 from twofold.convert.from_traces import OptimizerPlan
 from twofold.graph import ambient_context
@@ -266,9 +266,17 @@ class FollowedUnit:
             if type(reference) is Slot:
                 placeholder = self.slots[reference.index]
                 if placeholder is not tensor and id(placeholder) in self._placeholders:
-                    fill_placeholder(placeholder, tensor, self._placeholders)
+                    fill_placeholder(placeholder, _to_use_up(event, tensor), self._placeholders)
                     recorder.rename(tensor, placeholder)
         node.placeholders = [None] * len(node.placeholders)
+
+
+def _to_use_up(event: Event, result: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that a placeholder may become: the result of a call, but for `.grad`, which the leaf keeps."""
+    if event.function != READ_GRADIENT:
+        return result
+    with unheard():
+        return result.detach()
 
 
 def _keeps_as_before(path: Path, alive: list[int]) -> bool:
