@@ -219,7 +219,7 @@ class TraceWriter:
             slot = Slot(len(self.trace.slot_numbers))
             self.trace.slot_numbers.append(number)
             grad_function = None if tensor.grad_fn is None else type(tensor.grad_fn).__name__
-            made.append(Made(TensorSpec.of(tensor), tensor.is_leaf, grad_function))
+            made.append(Made(TensorSpec.of(tensor), tensor.is_leaf, grad_function, tensor.is_inference()))
             self._remember(tensor, slot)
             return slot
 

@@ -24,7 +24,7 @@ from twofold.backends.replay import ReplayExecutable
 from twofold.capture.intercept import modes_taken_off
 from twofold.capture.trace_graph import Path
 from twofold.convert.from_traces import Program, UnsupportedPath, build_program
-from twofold.graph import MalformedGraphError
+from twofold.graph import MalformedGraphError, inference_mode
 from twofold.options import Options, has_cpp_compiler
 
 from .account import Account
@@ -116,7 +116,7 @@ class Builder:
             self._block(path, "argument_changes", "the graph of this path had to be built again and again")
             return
         try:
-            with modes_taken_off(), torch.no_grad():
+            with inference_mode(False), modes_taken_off(), torch.no_grad():
                 path.program = build_program(path, self._is_exact(), path.volatile)
                 self._install_first(path, state, accelerator)
         except UnsupportedPath as refusal:
@@ -156,7 +156,7 @@ class Builder:
             self._say_compile_failed(failure, state)
             return
         began = time.perf_counter()
-        with modes_taken_off(), torch.no_grad():
+        with inference_mode(False), modes_taken_off(), torch.no_grad():
             inner = InductorExecutable(path.program, compiler().artifact)
             self._install(path, state, inner, accelerator)
         self.account.stall_seconds += time.perf_counter() - began
