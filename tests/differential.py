@@ -336,7 +336,7 @@ def _tensor_fact(tensor: torch.Tensor) -> TensorFact:
     metadata = (
         f"{type(tensor).__name__} {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
         f" stride={list(tensor.stride())} device={tensor.device} requires_grad={tensor.requires_grad}"
-        f" is_leaf={tensor.is_leaf} has_grad_fn={tensor.grad_fn is not None}"
+        f" is_leaf={tensor.is_leaf} has_grad_fn={tensor.grad_fn is not None} is_inference={tensor.is_inference()}"
     )
     return TensorFact(metadata, tensor.detach().to("cpu", copy=True))
 

@@ -129,7 +129,7 @@ CODES: dict[str, Code] = {
         "Install g++ or set CXX (CPU); install the triton package that belongs to this torch (CUDA).",
     ),
     "out_of_memory": Code(
-        "memory ran out while capturing or compiling; the graph was dropped and the unit ran eagerly",
+        "memory ran out while capturing or compiling; the tier below was kept, at the lowest eager execution",
         "Use a smaller batch, or backend='replay', which needs no memory of its own.",
     ),
     "not_faster": Code(

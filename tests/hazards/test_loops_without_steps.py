@@ -184,6 +184,30 @@ def test_accumulated_batches_stay_in_one_unit() -> None:
     assert report["iterations"] <= ITERATIONS + 1
 
 
+@pytest.mark.parametrize("batches_a_step", [1, 2])
+def test_the_end_of_an_epoch_ends_no_unit(batches_a_step: int) -> None:
+    """The first batch of the next epoch came round: every step of these epochs was recorded, and left."""
+
+    def loop() -> Any:
+        trained = net()
+        optimizer = torch.optim.SGD(trained.parameters(), 0.1)
+        train, losses = loader(16), []
+        for _ in range(ITERATIONS):
+            for number, (x, y) in enumerate(train):
+                loss = F.cross_entropy(trained(x), y)
+                loss.backward()
+                if number % batches_a_step == batches_a_step - 1:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                losses.append(loss.item())
+        return losses, list(trained.parameters())
+
+    report = same_in_program(loop)
+    steps = 2 * ITERATIONS // batches_a_step
+    assert report["iterations"] <= steps + 1
+    assert report["graph_iterations"] >= steps - 3
+
+
 def test_evaluation_with_kept_history_stays_eager_and_unheard() -> None:
     def loop() -> Any:
         judged = net()

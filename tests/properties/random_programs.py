@@ -128,6 +128,8 @@ class Writer:
         self.tensors = ["x"]
         self.numbers = ["n", "number"]
         self.lists = ["parts"]
+        self.returned = "{}.detach(), n"
+        """What the step returns early: the form of it, for a tensor."""
 
     def choose(self, *options: Any) -> Any:
         return self.random.choice(options)
@@ -392,7 +394,7 @@ class Writer:
         what = self.choose("return", "return", "raise", "assert")
         match what:
             case "return":
-                self.write(f"{INDENT}return {self.tensor(1)}.detach(), n")
+                self.write(f"{INDENT}return {self.returned.format(self.tensor(1))}")
             case "raise":
                 self.write(f"{INDENT}raise ValueError(f'call {{number}}')")
             case _:

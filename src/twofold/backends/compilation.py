@@ -1,7 +1,7 @@
 """Compiling beside the program: one process, started when first needed, that turns graph texts into artifacts.
 
 The program's threads only write a line and poll a file. A failed or killed compile process costs the graphs it was
-working on, never the program.
+working on, never the program: the next order starts another one, until `MAX_DEATHS` have ended one after the other.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,10 @@ import torch
 
 from .inductor import CompileFailed, compile_to_file
 
+MAX_DEATHS = 3
+"""Compile processes that end without an answer, one after the other, before compiling is given up. Each takes some
+10 s of the processor to start, and where the system ends them for lack of memory, it may end the program next."""
+
 
 class Compiler:
     """Compiles pieces by key; results are shared by all programs of the process."""
@@ -37,6 +42,8 @@ class Compiler:
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
         self._seconds: dict[str, float] = {}
+        self._deaths = 0
+        """How many compile processes have ended since one gave an answer."""
 
     def order(self, key: str, text: str, background: bool) -> Future[Callable[..., Any]]:
         """Have a piece compiled, once. The future holds the callable, or `CompileFailed`.
@@ -66,10 +73,21 @@ class Compiler:
 
     def close(self) -> None:
         """End the compile process; orders that wait are dropped."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+        self._end_process()
         self._directory.cleanup()
+
+    def _end_process(self) -> int:
+        """End the compile process, if it has not ended; return its status."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        if process.poll() is None:
+            process.kill()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):  # what is left of an order that nobody reads
+                pipe.close()
+        return process.wait()
 
     def _fulfil(self, key: str, compile_piece: Callable[[str], None]) -> None:
         future = self._artifacts[key]
@@ -81,7 +99,7 @@ class Compiler:
         except CompileFailed as error:
             future.set_exception(error)
         except Exception as error:  # noqa: BLE001 - an artifact that does not load is a compile that failed
-            future.set_exception(CompileFailed(f"{type(error).__name__}: {error}"))
+            future.set_exception(CompileFailed.of(error))
         finally:
             self._seconds[key] = time.perf_counter() - began
             path.unlink(missing_ok=True)
@@ -97,23 +115,27 @@ class Compiler:
             self._fulfil(key, lambda path, text=text: self._ask_process(text, path))
 
     def _ask_process(self, text: str, path: str) -> None:
+        if self._deaths >= MAX_DEATHS:
+            raise CompileFailed(f"compiling was given up: {MAX_DEATHS} compile processes ended one after the other")
         process = self._running_process()
         assert process.stdin is not None
         assert process.stdout is not None
-        try:
+        reply = ""
+        with contextlib.suppress(OSError):  # it is gone
             process.stdin.write(json.dumps([text, path, torch.get_num_threads()]) + "\n")
             process.stdin.flush()
             reply = process.stdout.readline()
-        except (OSError, ValueError) as error:
-            raise CompileFailed(f"the compile process is gone: {error}") from error
-        if not reply:
-            raise CompileFailed(f"the compile process ended with status {process.wait()}")
+        if not reply.endswith("\n"):
+            self._deaths += 1
+            raise _death(self._end_process())
+        self._deaths = 0
         failure = json.loads(reply)
         if failure is not None:
-            raise CompileFailed(failure)
+            raise CompileFailed(*failure)
 
     def _running_process(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
+            self._end_process()
             search = os.pathsep.join(entry for entry in sys.path if entry)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "twofold.backends.compile_process"],
@@ -128,6 +150,12 @@ class Compiler:
             )
             _import_loader()
         return self._process
+
+
+def _death(status: int) -> CompileFailed:
+    if status == -signal.SIGKILL:
+        return CompileFailed("the compile process was killed, as it is where memory runs out", "out_of_memory")
+    return CompileFailed(f"the compile process ended with status {status}")
 
 
 def _import_loader() -> None:

@@ -1,4 +1,4 @@
-"""The compile process: reads orders, one JSON line each, and answers null or the reason of a failure.
+"""The compile process: reads orders, one JSON line each, and answers null or the reason and code of a failure.
 
 It runs at a lower priority, so that on few cores the program keeps most of them, and ends with its standard input.
 """
@@ -32,7 +32,7 @@ def main() -> None:
         try:
             compile_to_file(text, path, threads)
         except CompileFailed as error:
-            failure = str(error)
+            failure = str(error), error.code
         replies.write(json.dumps(failure) + "\n")
         replies.flush()
 

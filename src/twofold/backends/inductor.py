@@ -9,6 +9,7 @@ Inductor's own disk cache.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,7 +39,30 @@ _LEFT_ALONE = ("_fused_", "_amp_", "_foreach_")
 
 
 class CompileFailed(Exception):
-    """The compiler gave up on a piece; the message is its own last line."""
+    """The compiler gave up on a piece; the message is its own last line. `code` is one of `errors.CODES`."""
+
+    def __init__(self, reason: str, code: str = "compile_failed") -> None:
+        super().__init__(reason)
+        self.code = code
+
+    @classmethod
+    def of(cls, error: BaseException) -> CompileFailed:
+        """Name what went wrong beneath a compiler, memory that ran out among it."""
+        message = str(error).strip().splitlines() or [""]
+        code = "out_of_memory" if _is_for_memory(error) else "compile_failed"
+        return cls(f"{type(error).__name__}: {message[0][:300]}".removesuffix(": "), code)
+
+
+def _is_for_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, here or in what led to `error`: Inductor wraps what is raised within it."""
+    if error is None:
+        return False
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or "Killed signal terminated program" in str(error)  # g++ of its cc1plus
+        or _is_for_memory(error.__cause__)
+    )
 
 
 def is_left_alone(node: Node) -> bool:
@@ -130,10 +154,10 @@ def compile_to_file(text: str, path: str, threads: int) -> None:
 
     from .layout import prefer_channels_last  # which imports Inductor
 
-    graph = rewrite_for_inductor(parse(text))
-    module = lower_to_fx(graph)
     torch.set_num_threads(threads)
     try:
+        graph = rewrite_for_inductor(parse(text))
+        module = lower_to_fx(graph)
         on_cuda = any(value.spec is not None and value.spec.device.type == "cuda" for value in graph.inputs)
         settings = {
             "fallback_random": True,
@@ -155,7 +179,7 @@ def compile_to_file(text: str, path: str, threads: int) -> None:
             artifact.save(path=str(part), format="binary")
             part.replace(path)
     except Exception as error:
-        raise CompileFailed(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}") from error
+        raise CompileFailed.of(error) from error
 
 
 def _tune(artifact: Callable[..., Any], graph: Graph) -> None:

@@ -85,6 +85,9 @@ MEMORY_READS: Final[frozenset[Any]] = frozenset(
 )
 """Show where a tensor's memory is, through which it can be read and written unseen."""
 
+READ_GRADIENT: Final[Any] = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
+"""The one call whose result is an object that was there before and is not among its arguments."""
+
 HOOKS: Final[frozenset[Any]] = frozenset(_members("register_hook register_post_accumulate_grad_hook retain_grad"))
 """Attach Python to the backward pass: a unit that calls one stays eager."""
 

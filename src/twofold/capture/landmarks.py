@@ -33,6 +33,9 @@ class Loop(Protocol):
     def passes(self, landmark: Landmark) -> None:
         """Take note of a landmark. Called before what it stands for begins; after, for `BACKWARD`."""
 
+    def leaves(self, landmark: Landmark) -> None:
+        """Take note that the loop which passed a landmark is over: it was passed, and nothing has followed."""
+
     def steps(self) -> None:
         """Take note that an optimizer has stepped, before anything else does."""
 
@@ -118,8 +121,13 @@ def announce_landmarks() -> None:
     def __next__(self: Any) -> Any:
         if (loop := current.loop) is None:
             return next_batch(self)
+        landmark = Landmark(id(self._dataset), True)
         with within():
-            loop.passes(Landmark(id(self._dataset), True))
-            return next_batch(self)
+            loop.passes(landmark)
+            try:
+                return next_batch(self)
+            except StopIteration:
+                loop.leaves(landmark)
+                raise
 
     dataloader._BaseDataLoaderIter.__next__ = __next__

@@ -33,6 +33,7 @@ class Role:
     tensor: torch.Tensor | None
     spec: TensorSpec
     is_leaf: bool
+    is_inference: bool
     is_parameter: bool
     is_number: bool
     written: dict[int, None]
@@ -52,6 +53,7 @@ class Role:
             and tensor.device == spec.device
             and tensor.requires_grad == spec.requires_grad
             and tensor.is_leaf == self.is_leaf
+            and tensor.is_inference() == self.is_inference
             and (tensor.is_contiguous() if spec.stride is None else tensor.stride() == spec.stride)
             and tensor.untyped_storage()._cdata not in self.written
         )

@@ -56,6 +56,7 @@ class Made:
     spec: TensorSpec
     is_leaf: bool
     grad_function: str | None
+    is_inference: bool = False
 
     @property
     def requires_grad(self) -> bool:

@@ -298,6 +298,7 @@ class TraceGraph:
             None if is_number or (is_borrowed and not is_parameter) else tensor,
             TensorSpec.of(tensor),
             tensor.is_leaf,
+            tensor.is_inference(),
             is_parameter,
             is_number,
             self._written_storages,
@@ -322,6 +323,8 @@ class TraceGraph:
         if role.tensor is tensor:
             return True
         if role.is_parameter or isinstance(tensor, torch.nn.Parameter) or TensorSpec.of(tensor) != role.spec:
+            return False
+        if role.is_inference != tensor.is_inference():
             return False
         if role.tensor is not None:
             self._relax(node, role)

@@ -130,9 +130,8 @@ class TraceWriter:
         self.trace.fed_numbers = {index for index in self.trace.fed_numbers if index < count}
 
     def rename(self, tensor: torch.Tensor, placeholder: torch.Tensor) -> None:
-        """Take note that `placeholder` is now the object that `tensor` was."""
-        reference = self._references.pop(id(tensor), None)
-        self._alive.pop(id(tensor), None)
+        """Take note that `placeholder` is now what `tensor` was, or shows the same."""
+        reference = self._known_reference(tensor)
         if reference is not None:
             self._remember(placeholder, reference)
 
@@ -220,7 +219,7 @@ class TraceWriter:
             slot = Slot(len(self.trace.slot_numbers))
             self.trace.slot_numbers.append(number)
             grad_function = None if tensor.grad_fn is None else type(tensor.grad_fn).__name__
-            made.append(Made(TensorSpec.of(tensor), tensor.is_leaf, grad_function))
+            made.append(Made(TensorSpec.of(tensor), tensor.is_leaf, grad_function, tensor.is_inference()))
             self._remember(tensor, slot)
             return slot
 

@@ -142,6 +142,8 @@ class Program:
     """Slots that may outlive the unit."""
     views: dict[Value, Node]
     uses_random: bool
+    is_inference: bool
+    """Whether it computes in inference mode, whatever holds where it is launched."""
     call_count: int
     positions: dict[int, int]
     """How many segments must have run before the fetch at an event can be answered."""
@@ -193,6 +195,7 @@ class _Builder:
             self._add_event(index, event)
         gradients = self._plan_gradients()
         escapes = {slot: self._value(trace.slot_numbers[slot]) for slot in sorted(self.path.histories)}
+        is_inference = self._is_inference(escapes)
         finals = [plan.exit for plan in gradients if plan.exit is not None] + list(escapes.values())
         backwards = self._add_backwards(escapes)
         finals += [value for plan in backwards.values() for value in plan.gradients if value is not None]
@@ -215,11 +218,21 @@ class _Builder:
             escapes=escapes,
             views=views,
             uses_random=trace.first_random is not None,
+            is_inference=is_inference,
             call_count=len(trace.events),
             on_accelerator=on_device,
             positions=dict(zip(self.fetches, cuts.positions, strict=False)),
             history=self._plan_history(cuts.segments, backwards),
         )
+
+    def _is_inference(self, escapes: Iterable[int]) -> bool:
+        events = [event for event in self.trace.events if event.operations]
+        if all(event.ambient.inference for event in events):
+            return True
+        if any(self.path.made_in(slot).is_inference for slot in escapes):
+            what = "a tensor made in inference mode outlives a unit that is not all in it"
+            raise UnsupportedPath("unsupported_call", what)
+        return False
 
     # ---- inputs ------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ gives its meaning, and `passes` improve it. This package knows neither a source 
 devices.
 """
 
-from .ambient import AmbientSwitch, ambient_context, current_ambient
+from .ambient import AmbientSwitch, ambient_context, current_ambient, inference_mode
 from .build import GraphBuilder, SubGraphBuilder
 from .effects import call_has_effect, effectful_subgraphs, has_effect
 from .equivalence import equivalent
@@ -70,6 +70,7 @@ __all__ = [
     "equivalent",
     "evaluate",
     "has_effect",
+    "inference_mode",
     "interpret",
     "map_values",
     "optimize",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -32,6 +33,11 @@ def ambient_context(ambient: Ambient) -> AbstractContextManager[None]:
 
 
 _NOTHING = nullcontext()
+
+
+def inference_mode(wanted: bool) -> AbstractContextManager[Any]:
+    """Return a context in which inference mode holds or not, as wanted; it sets the grad mode, too."""
+    return _NOTHING if torch.is_inference_mode_enabled() == wanted else torch.inference_mode(wanted)
 
 
 def _holds(ambient: Ambient) -> bool:

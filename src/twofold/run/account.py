@@ -121,8 +121,8 @@ class Account:
         self.spans: deque[Span] = deque(maxlen=MAX_SPANS)
         self.operations: dict[tuple[Origin, str, Where], int] = {}
 
-    def fallback(self, code: str, reason: str, origin: Origin = None) -> None:
-        """Count one fallback to eager; ``code`` is a key of ``twofold.errors.CODES``.
+    def fallback(self, code: str, reason: str, origin: Origin = None, tier: str = "eager") -> None:
+        """Count one fallback to eager, or to a tier, which is a decision; ``code`` is a key of ``errors.CODES``.
 
         Beyond ``MAX_REASONS`` different ones, only the code is kept.
         """
@@ -131,7 +131,9 @@ class Account:
             key = (code, "other reasons of this kind", None)
         if key not in self.fallbacks:
             place = f" [{origin}]" if origin else ""
-            logger.info("%s: fell back to eager (%s): %s%s", self.name, code, reason, place)
+            logger.info("%s: fell back to %s (%s): %s%s", self.name, tier, code, reason, place)
+            if tier != "eager":
+                self.decisions.append(self._decided(f"fell back to {tier} ({code}): {reason}"))
         self.fallbacks[key] = self.fallbacks.get(key, 0) + 1
 
     def refusal(self, code: str, construct: str, origin: Origin, reason: str, hint: str) -> None:
@@ -142,8 +144,11 @@ class Account:
 
     def decision(self, text: str) -> None:
         """Record, and log at INFO, a move between modes or tiers together with its reason."""
-        self.decisions.append(Decision((time.perf_counter_ns() - self.started_ns) / 1e9, text))
+        self.decisions.append(self._decided(text))
         logger.info("%s: %s", self.name, text)
+
+    def _decided(self, text: str) -> Decision:
+        return Decision((time.perf_counter_ns() - self.started_ns) / 1e9, text)
 
     def span(self, lane: Lane, name: str, start_ns: int, end_ns: int) -> None:
         """Record that ``lane`` was busy with ``name``; the oldest of ``MAX_SPANS`` is forgotten."""

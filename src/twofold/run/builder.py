@@ -24,7 +24,7 @@ from twofold.backends.replay import ReplayExecutable
 from twofold.capture.intercept import modes_taken_off
 from twofold.capture.trace_graph import Path
 from twofold.convert.from_traces import Program, UnsupportedPath, build_program
-from twofold.graph import MalformedGraphError
+from twofold.graph import MalformedGraphError, inference_mode
 from twofold.options import Options, has_cpp_compiler
 
 from .account import Account
@@ -116,7 +116,7 @@ class Builder:
             self._block(path, "argument_changes", "the graph of this path had to be built again and again")
             return
         try:
-            with modes_taken_off(), torch.no_grad():
+            with inference_mode(False), modes_taken_off(), torch.no_grad():
                 path.program = build_program(path, self._is_exact(), path.volatile)
                 self._install_first(path, state, accelerator)
         except UnsupportedPath as refusal:
@@ -153,10 +153,10 @@ class Builder:
         orders, state.orders = state.orders, []
         failure = next((order.exception() for order in orders if order.exception() is not None), None)
         if failure is not None:
-            self._say_compile_failed(str(failure))
+            self._say_compile_failed(failure, state)
             return
         began = time.perf_counter()
-        with modes_taken_off(), torch.no_grad():
+        with inference_mode(False), modes_taken_off(), torch.no_grad():
             inner = InductorExecutable(path.program, compiler().artifact)
             self._install(path, state, inner, accelerator)
         self.account.stall_seconds += time.perf_counter() - began
@@ -337,15 +337,16 @@ class Builder:
         try:
             texts = piece_texts(path.program)
         except CompileFailed as failure:
-            self._say_compile_failed(str(failure))
+            self._say_compile_failed(failure, state)
             return
         background = self.options.background
         self._ordered |= texts.keys()
         state.orders = [compiler().order(key, text, background) for key, text in texts.items()]
         self.account.decision(f"compiling {len(texts)} pieces for a path of {path.call_count} calls")
 
-    def _say_compile_failed(self, failure: str) -> None:
-        self.account.fallback("compile_failed", failure)
+    def _say_compile_failed(self, failure: BaseException, state: PathState) -> None:
+        code = failure.code if isinstance(failure, CompileFailed) else "compile_failed"
+        self.account.fallback(code, str(failure), tier=next(iter(state.tiers), "eager"))
 
     def _block(self, path: Path, code: str, reason: str, origin: str | None = None) -> None:
         path.blocked = code

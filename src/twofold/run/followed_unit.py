@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from twofold.capture.functions import NUMBER_READS
+from twofold.capture.functions import NUMBER_READS, READ_GRADIENT
 from twofold.capture.intercept import unheard
 from twofold.capture.number_feeds import number_tensor
 from twofold.capture.recorder import Recorder
-from twofold.capture.trace import External, Slot, leaves, map_leaves
+from twofold.capture.trace import Event, External, Slot, leaves, map_leaves
 from twofold.capture.trace_graph import Path, PathNode, TraceGraph
 from twofold.convert.from_traces import OptimizerPlan
-from twofold.graph import ambient_context
+from twofold.graph import ambient_context, inference_mode
 
 from .account import Account
 from .graph_runner import GraphRunner, Installed, feed_copy
@@ -169,7 +169,7 @@ class FollowedUnit:
     def _launch(self, path: Path, launch: Callable[[], None]) -> None:
         """Launch segments. If one fails, the unit becomes an eager one, which raises what eager execution would."""
         try:
-            with unheard(), torch.no_grad():
+            with inference_mode(path.program.is_inference), unheard(), torch.no_grad():
                 launch()
         except Exception as error:
             path.failures += 1
@@ -205,7 +205,7 @@ class FollowedUnit:
             path.stale = True
             raise CannotFollow("new_path", "a tensor of the unit is kept that was not kept before")
         self._launch(path, lambda: run.launch_through(path.program.unit_segments))
-        with unheard():
+        with inference_mode(path.program.is_inference), unheard():
             with torch.no_grad():
                 run.commit_gradients()
             self._hand_out(path, run, alive)
@@ -266,9 +266,17 @@ class FollowedUnit:
             if type(reference) is Slot:
                 placeholder = self.slots[reference.index]
                 if placeholder is not tensor and id(placeholder) in self._placeholders:
-                    fill_placeholder(placeholder, tensor, self._placeholders)
+                    fill_placeholder(placeholder, _to_use_up(event, tensor), self._placeholders)
                     recorder.rename(tensor, placeholder)
         node.placeholders = [None] * len(node.placeholders)
+
+
+def _to_use_up(event: Event, result: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that a placeholder may become: the result of a call, but for `.grad`, which the leaf keeps."""
+    if event.function != READ_GRADIENT:
+        return result
+    with unheard():
+        return result.detach()
 
 
 def _keeps_as_before(path: Path, alive: list[int]) -> bool:

@@ -86,10 +86,11 @@ class PythonRunner:
     def end(self) -> None:
         """Finish the unit: launch what is left and commit, or close the trace."""
         with torch._C.DisableTorchFunction():  # the program's modes are on here; operations must be heard still
-            if self._node is not None:
-                self._finish_graph(self._node)
+            if self._node is not None and self._finish_graph(self._node):
+                return  # the next unit has begun perhaps
             if self._recorder is not None:
                 self._finish_trace()
+                return
         if self._unheard is not None:
             trace, self._unheard = self._unheard, None
             self._on_end(None, trace, self._signature)
@@ -148,11 +149,11 @@ class PythonRunner:
             self._unheard = None
             self._on_end(None, None, self._signature)
 
-    def _finish_graph(self, node: PathNode) -> None:
-        """Commit the unit, or leave it; it is being recorded then."""
+    def _finish_graph(self, node: PathNode) -> bool:
+        """Commit the unit, or leave it; it is being recorded then. Returns whether it has ended."""
         if node.parent is None:
             self._node = None
-            return
+            return True
         try:
             path = self._unit.commit(node)
         except CannotFollow as why:
@@ -160,8 +161,9 @@ class PythonRunner:
         else:
             self._node = None
             self._on_end(path, None, self._signature)
-            return
+            return True
         self.leave(code, reason)
+        return False
 
     def _finish_trace(self) -> None:
         assert self._recorder is not None

@@ -38,6 +38,13 @@ class Rounds:
         self._rounds += 1
         return self._rounds > self._limit()
 
+    def leave(self, landmark: Landmark) -> None:
+        """Take note that a loop is over where it would have passed a landmark: what follows is no round of it.
+
+        Else the first batch of each epoch came round, and ended a unit that had hardly begun.
+        """
+        self._passed.discard(landmark)
+
     def fits(self, landmark: Landmark) -> bool | None:
         """Whether units can end at a landmark; None if that has to be seen first."""
         return self._fits.get(landmark, landmark.is_free or None)
@@ -70,6 +77,10 @@ class LoopUnits:
     def steps(self) -> None:
         """Take note that an optimizer has stepped."""
         self._rounds.step()
+
+    def leaves(self, landmark: Landmark) -> None:
+        """Take note that a loop is over."""
+        self._rounds.leave(landmark)
 
     def passes(self, landmark: Landmark) -> None:
         """End the unit, eager or not, where its loop has come round and no step is awaited."""

@@ -1,17 +1,21 @@
 """Compiling beside the program: artifacts, failures, and what becomes of the tier below."""
 
+import errno
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import twofold
 from tests.unit.capture.recording import recorded_path
+from twofold.api import wait_for_compilation
 from twofold.backends import compilation
-from twofold.backends.compilation import Compiler
+from twofold.backends.compilation import MAX_DEATHS, Compiler
 from twofold.backends.inductor import CompileFailed, piece_key
 from twofold.options import Options
 from twofold.run import builder as builder_module
@@ -135,6 +139,70 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
+def planted(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> Path:
+    """Have each new Python process run `code` before anything else; return the file it is in."""
+    file = folder / "sitecustomize.py"
+    file.write_text(f"import os, sys\nif 'twofold.backends.compile_process' in sys.orig_argv:\n    {code}\n")
+    monkeypatch.syspath_prepend(str(folder))
+    return file
+
+
+KILLED = "os.kill(os.getpid(), 9)"
+ENDED = "os._exit(7)"
+NO_MEMORY = """
+    import twofold.backends.inductor as inductor
+    def raise_memory_error(_):
+        raise MemoryError
+    inductor.rewrite_for_inductor = raise_memory_error
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plant", "code", "reason"),
+    [
+        (KILLED, "out_of_memory", "the compile process was killed, as it is where memory runs out"),
+        (ENDED, "compile_failed", "the compile process ended with status 7"),
+        (NO_MEMORY, "out_of_memory", "MemoryError"),
+    ],
+)
+def test_a_compile_process_that_ends_or_has_no_memory_left(
+    compiler: Compiler,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    plant: str,
+    code: str,
+    reason: str,
+):
+    """The program goes on on the tier below, is what it is in eager execution, and is told once."""
+    monkeypatch.setattr(builder_module, "has_cpp_compiler", lambda: True)
+    planted(monkeypatch, tmp_path, plant)
+    weight, expected = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+
+    def step(parameter: torch.Tensor) -> torch.Tensor:
+        loss = parameter.exp().sum()
+        loss.backward()
+        with torch.no_grad():
+            parameter -= 0.01 * parameter.grad  # type: ignore[operator]
+            parameter.grad = None
+        return loss.detach()
+
+    run = twofold.function(step, numerics="fused")
+    with caplog.at_level("INFO", logger="twofold"):
+        for number in range(60):
+            assert torch.equal(run(weight), step(expected)), number
+            wait_for_compilation(run, timeout=60)
+    assert torch.equal(weight, expected)
+    report = twofold.report(run).to_dict()
+    entries = [entry for entry in report["fallbacks"] if entry["code"] == code]
+    assert [entry["reason"] for entry in entries] == [reason]
+    assert [line["text"] for line in report["decisions"] if code in line["text"]] == [
+        f"fell back to replay ({code}): {reason}"
+    ]
+    assert len([line for line in caplog.messages if reason in line]) == 1
+
+
 def test_a_killed_compile_process_is_a_failed_compile(compiler: Compiler):
     order = compiler.order("key", TWO_OPERATIONS, background=True)
     wait_until(lambda: compiler._process is not None)
@@ -145,8 +213,39 @@ def test_a_killed_compile_process_is_a_failed_compile(compiler: Compiler):
     assert "the compile process" in str(error)
 
 
+def test_compiling_is_given_up_after_several_deaths(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    planted(monkeypatch, tmp_path, KILLED)
+    orders = [compiler.order(f"key{number}", TWO_OPERATIONS, background=True) for number in range(MAX_DEATHS + 2)]
+    errors = [order.exception(timeout=60) for order in orders]
+    assert all(isinstance(error, CompileFailed) for error in errors)
+    assert ["killed" in str(error) for error in errors] == [True] * MAX_DEATHS + [False] * 2
+    assert ["given up" in str(error) for error in errors] == [False] * MAX_DEATHS + [True] * 2
+    assert compiler._process is None
+
+
+def test_memory_that_ran_out_is_told_from_other_failures():
+    wrapped = RuntimeError("backend failed")
+    wrapped.__cause__ = torch.OutOfMemoryError("no more")
+    cases = [
+        MemoryError(),
+        wrapped,
+        OSError(errno.ENOMEM, "fork"),
+        RuntimeError("Killed signal terminated program cc1plus"),
+    ]
+    assert [CompileFailed.of(error).code for error in cases] == ["out_of_memory"] * 4
+    assert str(CompileFailed.of(MemoryError())) == "MemoryError"
+    other = CompileFailed.of(OSError(errno.ENOENT, "none"))
+    assert (other.code, str(other)) == ("compile_failed", "FileNotFoundError: [Errno 2] none")
+
+
 @pytest.mark.slow
-def test_a_piece_is_compiled_in_the_background(compiler: Compiler):
+def test_a_piece_is_compiled_in_the_background(compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """By another process, if the first was killed over another piece."""
+    file = planted(monkeypatch, tmp_path, KILLED)
+    assert isinstance(compiler.order("other", TWO_OPERATIONS, background=True).exception(timeout=60), CompileFailed)
+    file.unlink()
     order = compiler.order(piece_key(TWO_OPERATIONS), TWO_OPERATIONS, background=True)
     run = order.result(timeout=90)
     x = torch.tensor([0.0, 1.0, -1.0])

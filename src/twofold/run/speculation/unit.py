@@ -61,6 +61,8 @@ class TensorWork:
         installed = self.path.executable
         if not installed.placement.is_kept():  # whether there are gradients is in the signature
             raise CannotSpeculate("a parameter or gradient was replaced")
+        if torch.is_inference_mode_enabled() != self.program.is_inference:
+            raise CannotSpeculate("the call enters or leaves inference mode")
         for plan in self._optimizers:
             if not plan.still_holds() or has_step_hooks(plan.optimizer):
                 raise CannotSpeculate(f"{type(plan.optimizer).__name__} is set otherwise")
