@@ -204,8 +204,8 @@ class Driver:
             root.units += 1
             path.units += 1
             account.span("graph", account.backend, int(self._began * 1e9), int((self._began + seconds) * 1e9))
-            if path not in self.builder.settled:
-                self.pace.tried(seconds - (account.stall_seconds - self._taken))
+            run = seconds - (account.stall_seconds - self._taken)
+            self.pace.ran_otherwise(run, path in self.builder.settled)
             if self._timing:
                 self.builder.note_graph(path, seconds)
         else:
@@ -229,8 +229,10 @@ class Driver:
         if trace is not None:
             self.pace.recorded(seconds, trace.refusal is None, self._goes_on)
         elif self._mode is Mode.IDLE:
-            takes_recursion = self.recursion is not None and self.recursion.takes_units
-            (self.pace.tried if takes_recursion else self.pace.ran_eagerly)(seconds)
+            if self.recursion is not None and self.recursion.takes_units:
+                self.pace.ran_otherwise(seconds, False)
+            else:
+                self.pace.ran_eagerly(seconds)
 
     def _learn_refusal(self, trace: Trace, root: PathNode) -> None:
         """Take a unit that cannot run as a graph. Two in a row, and its kind is left alone for a while."""

@@ -28,6 +28,8 @@ RECORDED_AT_MOST: Final = 0.25
 """Seconds that a first recording is taken to need at most, however long units are: 5,000 operations."""
 TIMED: Final = 9
 """The latest eager units, whose median is what a unit takes."""
+LONG: Final = 3
+"""A unit counts as at most so many of these: one in which the machine did something else is no time for graphs."""
 
 
 class Work(Enum):
@@ -48,9 +50,12 @@ class Pace:
         self._account = account
         self._is_kept = is_kept
         self._clock = clock
-        self._began: float | None = None
-        """When the first unit had ended."""
+        self._has_begun = False
         self._eager: deque[float] = deque(maxlen=TIMED)
+        self._unit = 0.0
+        """What a unit takes eagerly, once some were timed."""
+        self._eager_seconds = 0.0
+        """What all units so far would have taken eagerly, the first left out."""
         self._measured: dict[Work, float] = {}
         self._has_said = False
 
@@ -60,8 +65,7 @@ class Pace:
             return True
         taken = self._account.stall_seconds
         cost = sum(map(self._estimate, works))
-        eager = 0.0 if self._began is None else self._clock() - self._began - taken
-        fits = taken + cost <= SHARE * eager
+        fits = taken + cost <= SHARE * self._eager_seconds
         if not fits and self._eager and not self._has_said:
             self._has_said = True
             self._account.decision(
@@ -77,10 +81,7 @@ class Pace:
             return work.value * self._estimate(Work.RECORD)
         if not self._eager:
             return RECORDED_AT_MOST
-        return min(RECORDED_IN_EAGER_UNITS * self._unit(), RECORDED_AT_MOST)
-
-    def _unit(self) -> float:
-        return statistics.median(self._eager)
+        return min(RECORDED_IN_EAGER_UNITS * self._unit, RECORDED_AT_MOST)
 
     # ---- what was taken ----------------------------------------------------------------------------------
 
@@ -99,10 +100,15 @@ class Pace:
 
         Not of the first, in which PyTorch makes what it makes once, and a whole program all that comes before its loop.
         """
-        if self._began is None:
-            self._began = self._clock()
-        else:
-            self._eager.append(seconds)
+        if not self._has_begun:
+            self._has_begun = True
+            return
+        self._eager.append(seconds)
+        self._unit = statistics.median_low(self._eager)
+        self._pass(seconds)
+
+    def _pass(self, seconds: float) -> None:
+        self._eager_seconds += min(seconds, LONG * self._unit)
 
     def recorded(self, seconds: float, is_whole: bool, goes_on: bool) -> None:
         """Take the time of a unit that was recorded.
@@ -112,12 +118,15 @@ class Pace:
         """
         if not self._eager:
             return
-        taken = seconds if goes_on else max(0.0, seconds - self._unit())
+        taken = seconds if goes_on else max(0.0, seconds - self._unit)
+        self._eager_seconds += 0.0 if goes_on else self._unit
         self._account.stall_seconds += taken
         if is_whole:
             self._measured[Work.RECORD] = taken + (self._measured.get(Work.RECORD, 0.0) if goes_on else 0.0)
 
-    def tried(self, seconds: float) -> None:
-        """Take the time of a unit that ran in a way which may not pay."""
+    def ran_otherwise(self, seconds: float, is_settled: bool) -> None:
+        """Take the time of a unit that ran as a graph, or batched. `is_settled`: it is known that this pays."""
         if self._eager:
-            self._account.stall_seconds += max(0.0, seconds - self._unit())
+            self._pass(seconds)
+            if not is_settled:
+                self._account.stall_seconds += max(0.0, seconds - self._unit)

@@ -144,10 +144,22 @@ def test_a_way_that_is_tried_and_takes_longer_was_taken_from_the_program() -> No
     program = Program(unit=0.001)
     for _ in range(5):
         program.run_eagerly()
-    program.pace.tried(0.004)
+    program.pace.ran_otherwise(0.004, is_settled=False)
     assert program.account.stall_seconds == pytest.approx(0.003)
-    program.pace.tried(0.0005)
+    program.pace.ran_otherwise(0.0005, is_settled=False)
+    program.pace.ran_otherwise(0.004, is_settled=True)
     assert program.account.stall_seconds == pytest.approx(0.003)
+
+
+def test_time_passes_while_units_run_as_graphs() -> None:
+    """Conversion comes when all units do."""
+    program = Program(unit=0.001)
+    program.run_until(Work.RECORD)
+    program.record(0.010)
+    assert not program.pace.fits(Work.CONVERT)
+    for _ in range(1000):
+        program.pace.ran_otherwise(0.0005, is_settled=True)
+    assert program.pace.fits(Work.CONVERT)
 
 
 def test_a_unit_that_is_much_longer_once_does_not_count() -> None:
@@ -155,6 +167,7 @@ def test_a_unit_that_is_much_longer_once_does_not_count() -> None:
     for seconds in (0.001, 0.001, 5.0, 0.001, 0.001):
         program.clock.now += seconds
         program.pace.ran_eagerly(seconds)
+    assert not program.pace.fits(Work.RECORD)
     program.clock.now += 0.011
     program.pace.recorded(0.011, True, False)
     assert program.account.stall_seconds == pytest.approx(0.010)
