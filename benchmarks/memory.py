@@ -1,4 +1,4 @@
-"""Does memory grow? Host and device memory of a small program after 100 steps with all its kernels, and after 10,000.
+"""Does memory grow? Host and device memory of a small program after 1,000 steps with all its kernels, and after 10,000.
 
 python -m benchmarks.memory [--device cpu|cuda] [--steps N] [--json PATH] [program]
 """
@@ -14,7 +14,7 @@ import torch
 from benchmarks.environment import describe_environment, describe_options, synchronize
 from benchmarks.programs import NAMES, PROGRAMS
 
-SETTLED_AFTER = 100
+SETTLED_AFTER = 1_000
 
 
 def measure_memory() -> dict[str, int]:

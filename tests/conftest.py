@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from twofold.options import Options
+
 # The suite tries the same examples each time; `pytest --hypothesis-profile=explore` tries new ones.
 settings.register_profile("steady", derandomize=True)
 settings.register_profile("explore", derandomize=False)
@@ -54,3 +56,9 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have graphs made at once under all options: how many units are eager before would depend on the clock."""
+    monkeypatch.setattr(Options, "is_paced", False)

@@ -121,7 +121,7 @@ class Function(Generic[P, R]):
         if self._steps_per_call is not None and self._steps_in_call >= self._steps_per_call:
             self._driver.interception.stop()
         else:
-            self._driver.begin_listening()
+            self._driver.begin_listening(goes_on=True)
 
     def _end_call(self) -> None:
         driver = self._driver

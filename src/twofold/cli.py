@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, choices in CHOICES.items():
         run.add_argument(f"--{name}", metavar="NAME", help=f"{', '.join(choices)} (default {choices[0]})")
-    run.add_argument("--warm-up", type=int, metavar="N", help="eager iterations before the first graph (default 2)")
+    run.add_argument("--warm-up", type=int, metavar="N", help="iterations recorded before the first graph (default 2)")
     run.add_argument("--report", type=Path, metavar="FILE", help="write what ran where and why, as an HTML page")
     run.add_argument(
         "--timeline", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev or chrome://tracing"

@@ -28,6 +28,7 @@ from twofold.options import Options
 from twofold.plain_recursion import PlainRecursion
 from twofold.run.account import Account
 from twofold.run.builder import Builder
+from twofold.run.pace import Pace, Work
 from twofold.run.python_runner import PythonRunner
 from twofold.run.recursion import PENDING
 from twofold.run.speculation.cache import MISSED
@@ -66,10 +67,11 @@ class Driver:
         self.options = options
         self.account = Account(name, "eager" if options.engine == "eager" else "coexecution")
         self.graph = TraceGraph()
-        self.builder = Builder(options, self.account)
+        self.pace = Pace(self.account, options.is_paced)
+        self.builder = Builder(options, self.account, self.pace)
         self.runner = PythonRunner(self.graph, self.account, self._end_unit)
         self.interception = Interception(self.runner)
-        self.speculator = Speculator(self.graph, self.account, options)
+        self.speculator = Speculator(self.graph, self.account, options, self.pace)
         self.recursion: PlainRecursion | None = None
         self.between_units: Callable[[], None] | None = None
         """Called where a unit has ended and the program goes on."""
@@ -78,7 +80,11 @@ class Driver:
         self._root = self.graph.root(self._signature)
         self._likely: Path | None = None
         self._began = 0.0
+        self._taken = 0.0
+        """Seconds for which the program had been kept waiting when the unit began."""
         self._timing = False
+        self._goes_on = False
+        """Whether the unit is recorded because the one before it in the same call was."""
         self._new = 0
         """How many more units took new paths than known ones."""
         self._gave_up_at: int | None = None
@@ -86,13 +92,14 @@ class Driver:
 
     # ---- one unit ----------------------------------------------------------------------------------------
 
-    def begin(self) -> Mode:
+    def begin(self, goes_on: bool = False) -> Mode:
         """Choose and start the next unit."""
-        self.choose()
+        self.choose(goes_on)
         return self.start()
 
-    def choose(self) -> None:
-        """Choose how the next unit runs."""
+    def choose(self, goes_on: bool = False) -> None:
+        """Choose how the next unit runs. `goes_on`: within the call in which the last one ran."""
+        self._goes_on = goes_on and self._mode is Mode.RECORD
         self._signature = self.graph.signature()
         self._root = self.graph.root(self._signature)
         self._mode = self.next_mode(self._root)
@@ -109,14 +116,18 @@ class Driver:
         if self._timing and self.graph.has_accelerator:
             torch.cuda.synchronize()
         self.runner.begin(self._mode.value, self._signature)
-        self._began = time.perf_counter()
+        self._begin_time()
         return self._mode
+
+    def _begin_time(self) -> None:
+        self._taken = self.account.stall_seconds
+        self._began = time.perf_counter()
 
     def speculate(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Answer the call that was just chosen for without running its Python; `MISSED` if that has to run."""
         if self._mode is not Mode.FOLLOW or self._timing or not self.speculator.is_willing():
             return MISSED
-        self._began = time.perf_counter()
+        self._begin_time()
         result, path = self.speculator.call(function, arguments, keywords, self._signature, self._root)
         if path is not None:
             self.account.speculated_iterations += 1
@@ -137,14 +148,14 @@ class Driver:
             return Mode.IDLE
         path = self._likely = root.latest
         if path is None:
-            return Mode.RECORD
+            return self._recording(root)
         if path.blocked:
             return Mode.FOLLOW if self._others_run(root, path) else Mode.IDLE
         is_settled = path in self.builder.settled
         if not is_settled:
             self.builder.poll(path, self.graph.has_accelerator)
         if path.stale or (path.seen < self.options.warm_up and path.executable is None):
-            return Mode.RECORD
+            return self._recording(root)
         if not is_settled:
             self.builder.choose(path)
         if path.executable is None:
@@ -155,6 +166,15 @@ class Driver:
         self.account.fallback("mutated_outside", "a parameter or buffer has another shape, layout, type or device")
         path.stale = True
         return Mode.RECORD
+
+    def _recording(self, root: PathNode) -> Mode:
+        """Record the next unit, unless that has to wait, with what is built at once if it ends a path well known."""
+        is_last = self.options.warm_up == 1 or any(
+            path.executable is not None or (path.seen + 1 >= self.options.warm_up and path.nodes[0].parent is root)
+            for path in self.graph.paths
+        )
+        fits = self._goes_on or self.pace.fits(Work.RECORD, *((Work.BUILD,) if is_last else ()))
+        return Mode.RECORD if fits else Mode.IDLE
 
     def _others_run(self, root: PathNode, blocked: Path) -> bool:
         """Whether units that begin at `root` take a path that runs as a graph as often as a blocked one."""
@@ -184,10 +204,13 @@ class Driver:
             root.units += 1
             path.units += 1
             account.span("graph", account.backend, int(self._began * 1e9), int((self._began + seconds) * 1e9))
+            run = seconds - (account.stall_seconds - self._taken)
+            self.pace.ran_otherwise(run, path in self.builder.settled)
             if self._timing:
                 self.builder.note_graph(path, seconds)
         else:
             account.eager_iterations += 1
+            self._pace_eager(trace, seconds)
             if trace is not None:
                 account.traced_iterations += 1
                 self._learn(trace, signature)
@@ -200,6 +223,16 @@ class Driver:
             account.span("python", "eager", int(self._began * 1e9), int((self._began + seconds) * 1e9))
         if self.between_units is not None:
             self.between_units()
+
+    def _pace_eager(self, trace: Trace | None, seconds: float) -> None:
+        """Tell the pace of a unit that ran eagerly."""
+        if trace is not None:
+            self.pace.recorded(seconds, trace.refusal is None, self._goes_on)
+        elif self._mode is Mode.IDLE:
+            if self.recursion is not None and self.recursion.takes_units:
+                self.pace.ran_otherwise(seconds, False)
+            else:
+                self.pace.ran_eagerly(seconds)
 
     def _learn_refusal(self, trace: Trace, root: PathNode) -> None:
         """Take a unit that cannot run as a graph. Two in a row, and its kind is left alone for a while."""
@@ -271,9 +304,12 @@ class Driver:
         self.account.eager_iterations += 1
         self.account.fallback(code, reason)
 
-    def begin_listening(self) -> None:
-        """Begin a unit, and listen unless it is idle or a mode of the program's own has been entered since."""
-        if self.begin() is Mode.IDLE:
+    def begin_listening(self, goes_on: bool = False) -> None:
+        """Begin a unit, and listen unless it is idle or a mode of the program's own has been entered since.
+
+        `goes_on`: within the call in which the last one ran.
+        """
+        if self.begin(goes_on) is Mode.IDLE:
             self.interception.stop()
         elif self.interception.active:
             self.interception.hear_operations()

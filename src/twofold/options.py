@@ -42,7 +42,7 @@ class Options:
 
     ``engine`` and ``backend``: "auto" chooses by measurement, a name is obeyed.
     ``numerics``: "fused" allows fused kernels; "exact" keeps eager's own kernels, bit for bit.
-    ``warm_up``: eager iterations before the first graph is made.
+    ``warm_up``: iterations of a path that are recorded before its first graph is made.
     ``background``: compile beside the program; ``False`` makes the program wait (tests, benchmarks).
     ``strict``: raise ``NotConvertibleError`` where the program would stay eager for good.
     """
@@ -53,6 +53,11 @@ class Options:
     warm_up: int = 2
     background: bool = True
     strict: bool = False
+
+    @property
+    def is_paced(self) -> bool:
+        """Whether graphs may be postponed: not where the program asks for them, waits for them, or wants to be told."""
+        return self.backend == "auto" and self.background and not self.strict
 
     @classmethod
     def make(cls, **given: Any) -> Options:

@@ -61,6 +61,7 @@ def test_results_hold_every_contender(
 ) -> None:
     monkeypatch.setattr(steps, "ROUND_STEPS", (1, 1))
     monkeypatch.setattr(steps, "SETTLE_ROUNDS", 1)
+    monkeypatch.setattr(steps, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(speculation, "measure_in_child", steps.measure_program)
     monkeypatch.setattr(speculation, "COMPILED", ())
     path = tmp_path / "results.json"

@@ -5,6 +5,7 @@ Everything not named here is an ordinary tensor call: it is recorded, checked an
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -122,8 +123,34 @@ number would be a constant of the graph."""
 _DYNAMIC_TAGS: Final = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
 
+@cache
+def is_mutable(target: Any) -> bool:
+    """Whether an ATen operation changes a tensor that it is given, by its schema.
+
+    Asked of each operation that is recorded: what PyTorch answers in 0.5 µs is kept, here and below.
+    """
+    return target._schema.is_mutable
+
+
+@cache
+def is_random(target: Any) -> bool:
+    """Whether an ATen operation draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in target.tags
+
+
+@cache
+def keeps_workspace(target: Any) -> bool:
+    """Whether an ATen operation keeps what its backward needs out of sight."""
+    return "mkldnn_rnn" in target.name()
+
+
+@cache
+def _is_tagged_dynamic(target: Any) -> bool:
+    return not _DYNAMIC_TAGS.isdisjoint(target.tags)
+
+
 def has_dynamic_shape(target: Any, arguments: tuple[Any, ...]) -> bool:
     """Whether the shape that an ATen operation yields depends on values."""
     if target is not torch.ops.aten.index.Tensor:  # tagged so, but only a mask makes it so
-        return not _DYNAMIC_TAGS.isdisjoint(target.tags)
+        return _is_tagged_dynamic(target)
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1])

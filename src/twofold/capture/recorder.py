@@ -29,6 +29,8 @@ from .functions import (
     VALUE_READS,
     display_name,
     has_dynamic_shape,
+    is_mutable,
+    keeps_workspace,
 )
 from .history import Layout, Watch
 from .intercept import unheard, user_origin
@@ -169,16 +171,16 @@ class Recorder:
             return result
         if target.namespace == "profiler":
             return result
-        if not made and not target._schema.is_mutable:
+        if not made and not is_mutable(target):
             self._asked = self._asked or target in CONTENT_QUESTIONS
             return result  # a question, answered to Python: a fetch if a call announced it
         if has_dynamic_shape(target, arguments):
             self.refuse("data_dependent_shape", f"{target} yields a shape that depends on values")
             return result
-        if "mkldnn_rnn" in target.name():  # its workspace exists only in grad mode, where graphs do not run
+        if keeps_workspace(target):  # its workspace exists only in grad mode, where graphs do not run
             self.refuse("unsupported_call", f"{target} keeps what its backward needs out of sight")
             return result
-        self._writer.add_operation(target, arguments, keywords, result)
+        self._writer.add_operation(target, arguments, keywords, given, made)
         return result
 
     def before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: Any) -> None:

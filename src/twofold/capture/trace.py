@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -236,11 +236,17 @@ def numbers_in(argument: Any) -> Iterator[int]:
             yield from numbers_in(item)
 
 
+_NO_CONTAINERS: Final = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
+"""Types, exact, of most arguments of operations. None of them is ever a leaf."""
+
+
 def map_leaves(argument: Any, leaf: type | tuple[type, ...], function: Callable[[Any], Any]) -> Any:
     """Return a copy of nested arguments with each instance of `leaf` replaced; containers keep their type."""
+    kind = type(argument)
+    if kind in _NO_CONTAINERS:
+        return argument
     if isinstance(argument, leaf):
         return function(argument)
-    kind = type(argument)
     if kind is tuple:
         return tuple([map_leaves(item, leaf, function) for item in argument])
     if kind is list:
@@ -262,5 +268,22 @@ def _rebuild_tuple(kind: type, items: list[Any]) -> Any:
 def leaves(argument: Any, leaf: type | tuple[type, ...]) -> list[Any]:
     """Return the instances of `leaf` inside nested arguments, in order."""
     found: list[Any] = []
-    map_leaves(argument, leaf, found.append)
+    _collect(argument, leaf, found)
     return found
+
+
+def _collect(argument: Any, leaf: type | tuple[type, ...], found: list[Any]) -> None:
+    kind = type(argument)
+    if kind in _NO_CONTAINERS:
+        return
+    if isinstance(argument, leaf):
+        found.append(argument)
+    elif kind is dict:
+        for item in argument.values():
+            _collect(item, leaf, found)
+    elif kind is slice:
+        for item in (argument.start, argument.stop, argument.step):
+            _collect(item, leaf, found)
+    elif kind is list or (isinstance(argument, tuple) and kind is not torch.Size):
+        for item in argument:
+            _collect(item, leaf, found)

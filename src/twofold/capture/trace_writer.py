@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from twofold.graph import Ambient, Origin, TensorSpec
 
-from .functions import display_name
+from .functions import display_name, is_mutable, is_random
 from .history import held_by_python
 from .intercept import unheard, user_origin
 from .trace import (
@@ -31,7 +30,6 @@ from .trace import (
     Refusal,
     Slot,
     Trace,
-    leaves,
     map_leaves,
     sample_of,
 )
@@ -44,7 +42,7 @@ def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
     return (
         tensor.untyped_storage()._cdata,
         tensor.storage_offset(),
-        tuple(tensor.shape),
+        tensor.shape,
         tensor.stride(),
         tensor.dtype,
         tensor.is_conj(),
@@ -143,7 +141,7 @@ class TraceWriter:
             return number
         number = len(self.trace.specs)
         self._numbers[key] = number
-        self.trace.specs.append(replace(TensorSpec.of(tensor), requires_grad=False))
+        self.trace.specs.append(TensorSpec.of_memory(tensor))
         storage = tensor.untyped_storage()
         # Invariant: a weak reference keeps the address of a freed storage from being used again, so a key
         # never names two pieces of memory within one trace.
@@ -173,15 +171,22 @@ class TraceWriter:
             self.trace.hidden[number] = tensor.detach()
         return Number(number)
 
-    def add_operation(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> None:
-        """Add an operation that has run beneath the event that is under way."""
-        positional, named = map_leaves((tuple(arguments), dict(keywords)), _TENSOR, self.operand)
-        results = tuple(map(self.number, leaves(result, _TENSOR)))
+    def add_operation(
+        self,
+        target: Any,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        given: list[torch.Tensor],
+        made: list[torch.Tensor],
+    ) -> None:
+        """Add an operation that has run beneath the event that is under way, on tensors `given`."""
+        positional = tuple([map_leaves(argument, _TENSOR, self.operand) for argument in arguments])
+        named = {key: map_leaves(argument, _TENSOR, self.operand) for key, argument in keywords.items()}
+        results = tuple(map(self.number, made))
         self._operations.append(Operation(target, positional, named, results))
-        if torch.Tag.nondeterministic_seeded in target.tags and self.trace.first_random is None:
+        if is_random(target) and self.trace.first_random is None:
             self.trace.first_random = len(self.trace.events)
-        if target._schema.is_mutable:
-            given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
+        if is_mutable(target):
             self._written.update(tensor.untyped_storage()._cdata for tensor in given)
 
     def take_operations(self) -> tuple[Operation, ...]:

@@ -260,7 +260,7 @@ class _Builder:
         key = memory_key(tensor)
         value = self.static_values.get(key)
         if value is None:
-            value = self._new(f"static{len(self.statics)}", replace(TensorSpec.of(tensor), requires_grad=False))
+            value = self._new(f"static{len(self.statics)}", TensorSpec.of_memory(tensor))
             self.static_values[key] = value
             self.statics[value] = tensor
         if number is not None:

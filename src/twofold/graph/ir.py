@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import EllipsisType
 from typing import Any, Final, TypeAlias
 
@@ -52,6 +53,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
+@lru_cache(maxsize=4096)
 def _row_major_stride(shape: tuple[int | None, ...]) -> tuple[int, ...] | None:
     stride: list[int] = []
     step = 1
@@ -86,6 +88,11 @@ class TensorSpec:
         """Describe a tensor exactly."""
         stride = tuple(tensor.stride()) if tensor.layout is torch.strided else None
         return cls(tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad, stride)
+
+    @classmethod
+    def of_memory(cls, tensor: torch.Tensor) -> TensorSpec:
+        """Describe the memory of a strided tensor, which requires no gradient."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device, False, tensor.stride())
 
     def agrees_with(self, other: TensorSpec) -> bool:
         """Say whether one value may have both specs: same dtype, device and rank, no sizes that differ.

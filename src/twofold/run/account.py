@@ -112,7 +112,8 @@ class Account:
         self.discards = 0
         self.compile_seconds = 0.0
         self.stall_seconds = 0.0
-        """Time for which the program was kept waiting by Twofold."""
+        """Time for which the program was kept waiting by Twofold; that of recording only where a pace is kept,
+        since eager units were timed then."""
 
         self.started_ns: Final = time.perf_counter_ns()
         self.fallbacks: dict[tuple[str, str, Origin], int] = {}

@@ -8,7 +8,6 @@ than the best so far, eager included; a named backend is obeyed.
 from __future__ import annotations
 
 import statistics
-import time
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from twofold.options import Options, has_cpp_compiler
 
 from .account import Account
 from .graph_runner import Installed, RandomState, example_environment
+from .pace import Pace, Work
 from .versions import keep_versions
 
 WARM_UP_UNITS = 2
@@ -87,9 +87,10 @@ class Contest:
 class Builder:
     """Builds and judges the executables of one program's paths."""
 
-    def __init__(self, options: Options, account: Account) -> None:
+    def __init__(self, options: Options, account: Account, pace: Pace) -> None:
         self.options = options
         self.account = account
+        self.pace = pace
         self.settled: set[Path] = set()
         """Paths to which nothing is due, whatever runs next: no kernels are awaited, and no tier is on trial."""
         self._states: dict[Path, PathState] = {}
@@ -104,7 +105,6 @@ class Builder:
         state = self._states.setdefault(path, PathState())
         if path.blocked or not path.stale:
             return
-        began = time.perf_counter()
         self.settled.clear()
         state.rebuilds += 1
         path.executable = None
@@ -116,7 +116,7 @@ class Builder:
             self._block(path, "argument_changes", "the graph of this path had to be built again and again")
             return
         try:
-            with inference_mode(False), modes_taken_off(), torch.no_grad():
+            with self.pace.taking(Work.BUILD), inference_mode(False), modes_taken_off(), torch.no_grad():
                 path.program = build_program(path, self._is_exact(), path.volatile)
                 self._install_first(path, state, accelerator)
         except UnsupportedPath as refusal:
@@ -127,8 +127,6 @@ class Builder:
         except MalformedGraphError as error:
             self._block(path, "unsupported_call", str(error).splitlines()[0][:300])
             return
-        finally:
-            self.account.stall_seconds += time.perf_counter() - began
         path.stale = False
 
     def poll(self, path: Path, accelerator: bool) -> None:
@@ -146,20 +144,19 @@ class Builder:
         state = self._states.get(path)
         if state is None or path.blocked or path.stale or contest.on_trial is not None:
             return
-        if self._has_to_order(state, contest):
-            self._order(path, state, accelerator)
-        if not state.orders or not all(order.done() for order in state.orders):
+        if self._has_to_order(state, contest) and self.pace.fits(Work.ORDER):
+            with self.pace.taking(Work.ORDER):
+                self._order(path, state, accelerator)
+        if not state.orders or not all(order.done() for order in state.orders) or not self.pace.fits(Work.INSTALL):
             return
         orders, state.orders = state.orders, []
         failure = next((order.exception() for order in orders if order.exception() is not None), None)
         if failure is not None:
             self._say_compile_failed(failure, state)
             return
-        began = time.perf_counter()
-        with inference_mode(False), modes_taken_off(), torch.no_grad():
+        with self.pace.taking(Work.INSTALL), inference_mode(False), modes_taken_off(), torch.no_grad():
             inner = InductorExecutable(path.program, compiler().artifact)
             self._install(path, state, inner, accelerator)
-        self.account.stall_seconds += time.perf_counter() - began
 
     def _has_to_order(self, state: PathState, contest: Contest) -> bool:
         return not state.has_ordered and self._wants_kernels() and INDUCTOR.isdisjoint(contest.rejected)

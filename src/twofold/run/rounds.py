@@ -73,14 +73,25 @@ class LoopUnits:
         self._end_unheard = end_unheard
         """Ends a unit of which nothing is heard: an idle one, or the rest of one."""
         self._rounds = Rounds()
+        self._has_ends = False
+        """Whether units were seen to have an end: a step, or a landmark that fits."""
 
     def steps(self) -> None:
         """Take note that an optimizer has stepped."""
+        self._has_ends = True
         self._rounds.step()
 
     def leaves(self, landmark: Landmark) -> None:
         """Take note that a loop is over."""
         self._rounds.leave(landmark)
+
+    def _may_end_unheard(self, fits: bool | None) -> bool:
+        """Whether an unheard unit may end at a landmark.
+
+        Units of which none was heard yet may have no other ends than landmarks that nothing is known of.
+        """
+        self._has_ends = self._has_ends or bool(fits)
+        return bool(fits) or (fits is None and not self._has_ends)
 
     def passes(self, landmark: Landmark) -> None:
         """End the unit, eager or not, where its loop has come round and no step is awaited."""
@@ -88,7 +99,7 @@ class LoopUnits:
         fits = rounds.fits(landmark)
         with torch._C.DisableTorchFunction():
             if not self._interception.active:
-                if fits and current_listener() is None and rounds.ends_unit(landmark):
+                if self._may_end_unheard(fits) and current_listener() is None and rounds.ends_unit(landmark):
                     self._end_unheard()
             elif not hears(runner):
                 return

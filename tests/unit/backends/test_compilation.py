@@ -21,6 +21,7 @@ from twofold.options import Options
 from twofold.run import builder as builder_module
 from twofold.run.account import Account
 from twofold.run.builder import Builder
+from twofold.run.pace import Pace
 
 TWO_OPERATIONS = """\
 graph piece0(%x: f32[3]):
@@ -43,7 +44,7 @@ def prepared(options: Options) -> tuple[Any, Builder, Account]:
     x = torch.ones(3)
     path = recorded_path(lambda: x.exp() + 1)
     account = Account("test", "coexecution")
-    builder = Builder(options, account)
+    builder = Builder(options, account, Pace(account, is_kept=False))
     builder.prepare(path, accelerator=False)
     return path, builder, account
 

@@ -13,6 +13,7 @@ from twofold.options import Options
 from twofold.run import builder as builder_module
 from twofold.run.account import Account
 from twofold.run.builder import MAX_REBUILDS, MIXED_SAMPLES, SAMPLES, WARM_UP_UNITS, Builder
+from twofold.run.pace import Pace
 
 
 def make_path() -> Path:
@@ -22,7 +23,8 @@ def make_path() -> Path:
 
 def make_builder(**options: Any) -> Builder:
     options.setdefault("numerics", "exact")
-    return Builder(Options(**options), Account("test", "coexecution"))
+    account = Account("test", "coexecution")
+    return Builder(Options(**options), account, Pace(account, is_kept=False))
 
 
 def backend(path: Path) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ from twofold.convert.speculation.schedule import Unschedulable
 from twofold.errors import NotConvertibleError
 from twofold.options import Options
 from twofold.run.account import Account
+from twofold.run.pace import Pace, Work
 
 from .cache import MISSED, GraphCache
 
@@ -29,10 +29,11 @@ FIRST_RETRY: Final = 4
 class Speculator:
     """Speculates on the calls of one function, in one thread at a time."""
 
-    def __init__(self, graph: TraceGraph, account: Account, options: Options) -> None:
+    def __init__(self, graph: TraceGraph, account: Account, options: Options, pace: Pace) -> None:
         self.cache = GraphCache(graph, account)
         self._graph = graph
         self._account = account
+        self._pace = pace
         self._is_demanded = options.engine == "speculation"
         self._is_strict = options.strict
         self._refusals = 0
@@ -67,9 +68,12 @@ class Speculator:
         result, path = self.cache.call(root, arguments, keywords)
         if result is not MISSED or self.cache.was_undone:
             return result, path
-        if self._may_convert(root) and self._convert(function, arguments, keywords, signature, root):
-            result, path = self.cache.call(root, arguments, keywords)
-        elif had_graphs:
+        if self._may_convert(root):
+            if not self._pace.fits(Work.CONVERT):
+                return result, path
+            if self._convert(function, arguments, keywords, signature, root):
+                return self.cache.call(root, arguments, keywords)
+        if had_graphs:
             self.cache.note_failed()
         return result, path
 
@@ -85,18 +89,17 @@ class Speculator:
         signature: Signature,
         root: PathNode,
     ) -> bool:
-        began = time.perf_counter()
         try:
-            made = speculate(function, arguments, keywords, self._graph, signature, frozenset(self.cache.relaxed))
-            self.cache.add(root, made)
+            with self._pace.taking(Work.CONVERT):
+                relaxed = frozenset(self.cache.relaxed)
+                made = speculate(function, arguments, keywords, self._graph, signature, relaxed)
+                self.cache.add(root, made)
         except Refused as refused:
             self._refuse(refused.refusal)
             return False
         except Unschedulable as unschedulable:
             self._refuse(Refusal("late_decision", str(unschedulable), unschedulable.node.origin))
             return False
-        finally:
-            self._account.stall_seconds += time.perf_counter() - began
         self._refusals = 0
         self._account.engine = "speculation"
         self._account.decision(f"converted: {len(made.assumptions)} assumptions, {len(made.host.nodes)} nodes")
