@@ -146,7 +146,7 @@ class Driver:
             return Mode.IDLE
         if self.account.iterations < root.idle_until:
             return Mode.IDLE
-        path = self._likely = root.latest
+        path = self._likely = self.graph.likely(root)
         if path is None:
             return self._recording(root)
         if path.blocked:
@@ -178,7 +178,7 @@ class Driver:
 
     def _others_run(self, root: PathNode, blocked: Path) -> bool:
         """Whether units that begin at `root` take a path that runs as a graph as often as a blocked one."""
-        known = [path for path in self.graph.paths if path.nodes[0].parent is root and path.executable is not None]
+        known = [path for path in self.graph.paths if path.passes(root) and path.executable is not None]
         return bool(known) and sum(path.units + path.seen for path in known) >= blocked.seen
 
     def end(self) -> None:
@@ -255,6 +255,9 @@ class Driver:
             self._learn_refusal(trace, self.graph.root(signature))
             return
         self.graph.root(signature).refusals = 0
+        if not trace.events:  # a path of no calls would have no root
+            self.account.fallback("no_tensor_calls", "the unit made no tensor calls")
+            return
         if len(self.graph.paths) >= MAX_PATHS:
             self.account.fallback("too_many_paths", f"more than {MAX_PATHS} paths")
             self._note_new()

@@ -16,6 +16,7 @@ import torch
 from twofold.graph import TensorSpec, current_ambient
 
 from .functions import PLAIN_TENSORS
+from .gradients import presence_holds
 from .number_feeds import fits
 from .trace import Event, External, Made, Slot, leaves
 
@@ -151,6 +152,7 @@ def _compile_match(condition: str, names: int) -> Callable[..., Match]:
     scope: dict[str, Any] = {
         "E": equal_templates, "B": _bind, "L": leaves, "V": torch.Tensor,
         "G": torch.is_grad_enabled, "C": torch._C._is_any_autocast_enabled, "M": current_ambient,  # type: ignore[attr-defined]
+        "P": presence_holds,
     }  # fmt: skip
     exec(source, scope)
     return scope["make"]
@@ -160,8 +162,9 @@ def build_match(event: Event, role_of: Callable[[int], tuple[Role, bool]]) -> Ma
     """Compile the check of a call against an event.
 
     It takes the function, positional and keyword arguments, the placeholders of the unit by slot, and the feeds bound
-    so far, to which it adds those first used here. A fetch is run for real, so only its tensors are checked. Events of
-    equal structure share code.
+    so far, to which it adds those first used here. A fetch is run for real, so only its tensors are checked. Gradients
+    from before the unit are looked at where the event is the first to depend on them. Events of equal structure share
+    code.
     """
     if event.kind == "optimizer":
         return lambda _function, _arguments, _keywords, _slots, _bound: False
@@ -183,5 +186,8 @@ def build_match(event: Event, role_of: Callable[[int], tuple[Role, bool]]) -> Ma
     ambient = event.ambient
     emitter.terms.append(f"G() is {ambient.grad}")
     emitter.terms.append(f"C() and M() == {emitter.constant(ambient)}" if ambient.autocast else "not C()")
+    if event.presence:
+        names = map(emitter.constant, zip(*event.presence, strict=True))
+        emitter.terms.append(f"P({', '.join(names)})")
     condition = " and ".join(emitter.terms)
     return _compile_match(condition, len(emitter.constants))(*emitter.constants)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .gradients import DROPS
 from .history import Layout, Reach, Watch, differentiate, example_tangents, fits_outputs, layout_of, reach
 from .intercept import unheard
 from .trace import Backward, History, Trace
@@ -18,7 +19,7 @@ from .trace_writer import TraceWriter
 DIFFERENTIATE = frozenset({torch.Tensor.backward, torch.autograd.grad, torch.autograd.backward})
 """Functions that run PyTorch's engine."""
 
-_NOT_FORWARD = DIFFERENTIATE | {torch.Tensor.grad.__set__, torch.Tensor.grad.__delete__}  # type: ignore[attr-defined]
+_NOT_FORWARD = DIFFERENTIATE | DROPS
 
 
 def live_outputs(writer: TraceWriter) -> dict[int, torch.Tensor]:

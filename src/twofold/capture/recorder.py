@@ -32,6 +32,7 @@ from .functions import (
     is_mutable,
     keeps_workspace,
 )
+from .gradients import COPIES, DROPS, READS
 from .history import Layout, Watch
 from .intercept import unheard, user_origin
 from .number_feeds import number_as_tensor
@@ -124,18 +125,20 @@ class Recorder:
         if self._is_host_call(function, given, origin):
             return self._run_unrecorded(function, arguments, keywords)
         ambient = current_ambient()
-        self._writer.note_leaves(given)
+        self._look_at_gradients(function, given, origin)
         templates = self._writer.templates(arguments, keywords)
         if number is not None:
             self.trace.fed_numbers.add(templates[0][1].index)
         if function in DIFFERENTIATE:
-            self._note_backward(arguments, keywords, origin)
+            self._note_backward(arguments, keywords, origin, function is not torch.autograd.grad)
         self._asked = False
         try:
             result = self._run_announced(function, arguments, keywords)
         except BaseException:  # no event, so what it alone was given is none of the unit's
             self._writer.forget_externals(known)
             raise
+        if function in DROPS:
+            self._writer.gradients.drop(given[:1])
         operations = self._writer.take_operations()
         made: list[torch.Tensor] = leaves(result, _TENSOR)
         if kind == "call" and self._is_fetch(function, given, made, result):
@@ -190,10 +193,12 @@ class Recorder:
                 self.refuse("tensor_hook", "the optimizer has hooks on its step")
             if len(arguments) > 1 or keywords:
                 self.refuse("unsupported_call", "optimizer.step takes a closure, which runs the model itself")
-            self._writer.note_leaves(parameters_of(optimizer))
-        self._step_gradients = tuple(
-            None if p.grad is None else self._writer.operand(p.grad) for p in parameters_of(optimizer)
-        )
+            self._writer.gradients.note(parameters_of(optimizer), are_owned=True)
+            self._writer.gradients.look_at(parameters_of(optimizer))
+        with unheard():  # no operation of the unit may have seen a gradient from before it
+            self._step_gradients = tuple(
+                None if p.grad is None else self._writer.operand(p.grad) for p in parameters_of(optimizer)
+            )
         self._state_size = _state_size(optimizer)
         self._optimizer = optimizer
         self._announced += 1
@@ -224,8 +229,12 @@ class Recorder:
         if self.trace.refusal or self._announced:
             original(owner, *arguments, **keywords)
             return
-        self._writer.note_leaves(parameters_of(owner))
+        gradients, parameters = self._writer.gradients, parameters_of(owner)
+        gradients.note(parameters, are_owned=True)
+        if not keywords.get("set_to_none", arguments[0] if arguments else True):
+            gradients.look_at(parameters)
         self._run_announced(original, (owner, *arguments), keywords)
+        gradients.drop(parameters)
         operations = self._writer.take_operations()
         self._writer.append(
             "zero_grad",
@@ -337,6 +346,14 @@ class Recorder:
             self.refuse("too_large", f"more than {MAX_EVENTS} tensor calls in one unit")
         return self.trace.refusal is not None
 
+    def _look_at_gradients(self, function: Any, given: list[torch.Tensor], origin: Origin | None) -> None:
+        gradients = self._writer.gradients
+        gradients.note(given)
+        if function in COPIES and gradients.is_of_unit(given[0]):
+            self.refuse("unsupported_call", "a leaf is copied with the gradient that the unit gave it", origin)
+        if function in READS:
+            gradients.look_at(given[:1])
+
     def _touches_unit(self, tensors: list[torch.Tensor]) -> bool:
         return any(self._writer.is_known_memory(tensor) or tensor.requires_grad for tensor in tensors)
 
@@ -367,7 +384,9 @@ class Recorder:
             return crossed and self._leave_cpu_to_python
         return result is not None or function is _TENSOR.__repr__
 
-    def _note_backward(self, arguments: tuple[Any, ...], keywords: dict[str, Any], origin: Origin | None) -> None:
+    def _note_backward(
+        self, arguments: tuple[Any, ...], keywords: dict[str, Any], origin: Origin | None, accumulates: bool
+    ) -> None:
         keeps = bool(keywords.get("retain_graph") or keywords.get("create_graph"))
         roots: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
         pending = [root.grad_fn for root in roots if root.grad_fn is not None]
@@ -383,7 +402,9 @@ class Recorder:
                 self.refuse(code, f"{name} runs Python in backward", origin)
             variable = getattr(function, "variable", None)
             if variable is not None:
-                self._writer.note_leaves((variable,))
+                self._writer.gradients.note((variable,))
+                if accumulates:
+                    self._writer.gradients.look_at((variable,))
             pending.extend(edge for edge, _ in function.next_functions if edge is not None)
         if any(tensor.grad_fn in seen for tensor in self.trace.externals if tensor.grad_fn is not None):
             self.refuse("history_escapes", "backward goes on into autograd history made before this unit", origin)

@@ -104,6 +104,9 @@ def sample_of(fetched: Any) -> Any:
 
 EventKind = Literal["call", "fetch", "optimizer", "zero_grad"]
 
+Presence = tuple[tuple[torch.Tensor, bool], ...]
+"""Leaves, each with whether it has a gradient."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Event:
@@ -125,6 +128,8 @@ class Event:
     operations: tuple[Operation, ...]
     sample: Any = None
     """What a fetch gave Python, where that is small; see `sample_of`."""
+    presence: Presence = ()
+    """The gradients from before the unit that no event before this one has looked at, and this one does."""
 
     @property
     def name(self) -> str:
@@ -134,11 +139,18 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """`.grad` of a leaf before and after the unit, as value numbers; None where there is no gradient."""
+    """`.grad` of a leaf before and after the unit, as value numbers; None where there is no gradient.
+
+    `entry` is None too where nothing in the unit depends on it.
+    """
 
     leaf: torch.Tensor
     entry: int | None
     exit: int | None
+    keeps: bool
+    """Whether `.grad` stays what it was, in memory that may hold other numbers."""
+    given: int | None = None
+    """The external that `.grad` is after the unit, if the program put one there."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,7 +201,7 @@ class Trace:
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     """Values that came in beneath the calls: optimizer state, constants made by PyTorch itself."""
     frozen: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Parameters that require no gradient, by `id`."""
+    """Parameters that require no gradient when they are first used, by `id`."""
     gradients: list[Gradient] = field(default_factory=list)
     escapes: dict[int, str] = field(default_factory=dict)
     """Slots that outlived the unit, with the state of their autograd history: none, freed or live."""

@@ -10,21 +10,20 @@ out to change becomes a feed, and the paths through it are built again.
 
 from __future__ import annotations
 
-import itertools
-import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from twofold.graph import Origin, TensorSpec
 
+from .gradients import presence_holds
 from .history import Layout, Watch
 from .match import Match, Placeholders, Role, build_match, equal_templates
 from .number_feeds import differ_in_number, is_feedable
-from .trace import Event, External, Made, Slot, Trace, leaves
+from .signature import KnownLeaves, Signature
+from .trace import Event, External, Made, Presence, Slot, Trace, leaves
 
 MAX_SITE_VARIANTS = 3
 """So many different constants at one line, in one place of the graph, and it is a host site or a number is fed."""
@@ -56,9 +55,26 @@ class Path:
     histories: dict[int, str] = field(default_factory=dict[int, str])
     """Slots seen alive at the end of a unit, with the state of their autograd history then. Never shrinks."""
 
+    def __post_init__(self) -> None:
+        presence = [entry for node in self.nodes if node.event is not None for entry in node.event.presence]
+        self._leaves, self._present = _columns(presence)
+
+    def can_begin(self) -> bool:
+        """Whether the gradients that the path depends on are there, or not there, as they were when it began.
+
+        Asked before a unit, or within one that nothing has been committed of.
+        """
+        return not self._leaves or presence_holds(self._leaves, self._present)
+
     @property
     def call_count(self) -> int:
         return len(self.nodes)
+
+    def passes(self, node: PathNode) -> bool:
+        """Whether a node, or a root, is on the path."""
+        if node.parent is None:
+            return bool(self.nodes) and self.nodes[0].parent is node
+        return node.depth < len(self.nodes) and self.nodes[node.depth] is node
 
     def maker_of(self, slot: int) -> PathNode:
         """Return the node whose call makes a slot."""
@@ -144,15 +160,19 @@ class PathNode:
             node = node.parent
         return node.roles[index - node.first_external], node is self
 
+    def fits_optimizer(self, optimizer: Any) -> bool:
+        """Whether the event is a step of an optimizer, with gradients from before the unit as they are now."""
+        event = self.event
+        if event is None or event.kind != "optimizer" or event.arguments[0] is not optimizer:
+            return False
+        return presence_holds(*_columns(event.presence))
+
     def walk_back(self) -> Iterator[PathNode]:
         """Yield this node and those before it, the root left out."""
         node: PathNode | None = self
         while node is not None and node.event is not None:
             yield node
             node = node.parent
-
-
-Signature = tuple[Any, ...]
 
 
 class TraceGraph:
@@ -162,10 +182,7 @@ class TraceGraph:
         self.roots: dict[Signature, PathNode] = {}
         self.paths: list[Path] = []
         self.placeholders: Placeholders = {}
-        self._leaves: dict[int, torch.Tensor] = {}
-        self._unhooked_at: tuple[int, int] | None = None
-        """The number of the next handle, and of leaves, when no leaf was seen to run hooks."""
-        self._unhooked: tuple[tuple[bool, ...], ...] = ()
+        self._leaves = KnownLeaves()
         self._relaxed: dict[PathNode, None] = {}
         """Nodes whose checks are to be compiled again before the next unit."""
         self.host_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
@@ -198,28 +215,19 @@ class TraceGraph:
         self._relaxed.clear()
 
     def signature(self) -> Signature:
-        """Describe the state in which a unit begins, as far as a path depends on it.
+        """Describe the state in which a unit begins, as far as each of its paths depends on it."""
+        return self._leaves.signature()
 
-        The switches of PyTorch that choose kernels. Then, for each leaf known to get gradients: whether it has none,
-        requires one, runs no hooks, and none after accumulation.
+    def likely(self, node: PathNode) -> Path | None:
+        """Return the path that a unit which has come to a node most likely takes, of those that gradients allow.
+
+        It is the latest there, or that which most units took.
         """
-        leaves = self._leaves.values()  # all loops here are C's: this is done before each unit
-        without_gradient = tuple(map(operator.is_, map(_grad, leaves), itertools.repeat(None)))
-        return (switches(), without_gradient, tuple(map(_requires_grad, leaves)), *self._unhooked_states())
-
-    def _unhooked_states(self) -> tuple[tuple[bool, ...], ...]:
-        """Return which leaves run no hooks, and none after accumulation.
-
-        Every hook is registered with a handle of its own, and handles are numbered: without a new one there is none.
-        """
-        now = RemovableHandle.next_id, len(self._leaves)
-        if now == self._unhooked_at:
-            return self._unhooked
-        leaves = self._leaves.values()
-        states = tuple(map(operator.not_, map(_hooks, leaves))), tuple(map(operator.not_, map(_late_hooks, leaves)))
-        if all(map(all, states)):
-            self._unhooked_at, self._unhooked = now, states
-        return states
+        path = node.latest
+        if path is None or path.can_begin():
+            return path
+        here = [path for path in self.paths if path.passes(node) and path.can_begin()]
+        return max(here, key=lambda path: path.units + path.seen, default=None)
 
     def root(self, signature: Signature) -> PathNode:
         """Return the root for units that begin so."""
@@ -228,27 +236,15 @@ class TraceGraph:
             root = self.roots[signature] = PathNode(None, None, [], 0)
         return root
 
-    def _complete(self, signature: Signature, trace: Trace) -> Signature:
-        """Extend a signature by the leaves that its own unit was the first to show."""
-        added = [g for g in trace.gradients if id(g.leaf) not in self._leaves]
-        frozen = [leaf for leaf in trace.frozen.values() if id(leaf) not in self._leaves]
-        if not added and not frozen:
-            return signature
-        self.clear()
-        self._leaves.update((id(g.leaf), g.leaf) for g in added)
-        self._leaves.update((id(leaf), leaf) for leaf in frozen)
-        plain = (True,) * (len(added) + len(frozen))
-        without_gradient = (*(g.entry is None for g in added), *(leaf.grad is None for leaf in frozen))
-        requiring = (*(True for _ in added), *(False for _ in frozen))
-        chosen, *states = signature or (switches(), (), (), (), ())
-        return (chosen, *map(operator.add, states, (without_gradient, requiring, plain, plain)))
-
     def merge(self, trace: Trace, signature: Signature) -> Path | None:
         """Add a trace of a unit that began so; return its path.
 
         None if it only taught something about the program: record again.
         """
-        signature = self._complete(signature, trace)
+        completed = self._leaves.complete(signature, trace)
+        if completed is not None:
+            signature = completed
+            self.clear()
         if not self.has_accelerator and any(spec.device.type == "cuda" for spec in trace.specs):
             self.has_accelerator = True
             if any(spec.device.type == "cpu" for spec in trace.specs):
@@ -315,6 +311,7 @@ class TraceGraph:
             or known.made != event.made
             or not equal_templates(known.arguments, event.arguments)
             or not equal_templates(known.keywords, event.keywords)
+            or not _is_same_presence(known.presence, event.presence)
         ):
             return False
         return self._has_same_tensors(node, event, trace)
@@ -402,22 +399,15 @@ def _references(event: Event) -> list[Any]:
     return leaves((event.arguments, event.keywords), (Slot, External))
 
 
-def switches() -> tuple[Any, ...]:
-    """Return the switches of PyTorch that choose kernels."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_default_dtype(),
-        torch._C._get_cublas_allow_tf32(),
-        torch._C._get_cudnn_allow_tf32(),
-        torch._C._get_cudnn_benchmark(),
+def _columns(presence: Iterable[tuple[torch.Tensor, bool]]) -> tuple[tuple[torch.Tensor, ...], tuple[bool, ...]]:
+    rows = tuple(presence)
+    return tuple(leaf for leaf, _ in rows), tuple(present for _, present in rows)
+
+
+def _is_same_presence(left: Presence, right: Presence) -> bool:
+    return len(left) == len(right) and all(
+        a is b and had is has for (a, had), (b, has) in zip(left, right, strict=True)
     )
-
-
-_grad, _requires_grad, _hooks, _late_hooks = map(
-    operator.attrgetter, ("grad", "requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
-)
 
 
 def _externals_of(event: Event, trace: Trace) -> list[torch.Tensor]:

@@ -17,13 +17,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from twofold.graph import Ambient, Origin, TensorSpec
 
 from .functions import display_name, is_mutable, is_random
+from .gradients import EntryGradients
 from .history import held_by_python
 from .intercept import unheard, user_origin
 from .trace import (
     Event,
     EventKind,
     External,
-    Gradient,
     Made,
     Number,
     Operation,
@@ -62,8 +62,7 @@ class TraceWriter:
         self._operations: list[Operation] = []
         self._written: set[int] = set()
         self._borrowed: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._leaves: dict[int, torch.Tensor] = {}
-        self._entry_gradients: dict[int, torch.Tensor | None] = {}
+        self.gradients = EntryGradients(self.refuse, self.trace.frozen)
         self._freed: dict[Any, None] = {}
 
     def refuse(self, code: str, reason: str, origin: Origin | None = None) -> None:
@@ -115,6 +114,10 @@ class TraceWriter:
     def _known_reference(self, tensor: torch.Tensor) -> Slot | External | None:
         reference = self._references.get(id(tensor))
         return reference if reference is not None and self._alive[id(tensor)]() is tensor else None
+
+    def _external(self, tensor: torch.Tensor) -> int | None:
+        reference = self._known_reference(tensor)
+        return reference.index if isinstance(reference, External) else None
 
     def _remember(self, tensor: torch.Tensor, reference: Slot | External) -> None:
         self._references[id(tensor)] = reference
@@ -216,8 +219,7 @@ class TraceWriter:
                 return known
             number = self.number_if_known(tensor)
             if number == -1 or number is None:
-                entry = next((n for n in self._entry_gradients.values() if n is tensor), None)
-                if entry is None:
+                if self.gradients.object_of(tensor) is None:
                     self.refuse("unsupported_call", f"{display_name(function)} returned an unknown tensor", origin)
                     return None
                 number = self.number(tensor)
@@ -229,23 +231,12 @@ class TraceWriter:
             return slot
 
         template = None if kind == "fetch" else map_leaves(result, _TENSOR, outcome)
-        sample = sample_of(result) if kind == "fetch" else None
+        known = sample_of(result) if kind == "fetch" else None, self.gradients.take_first_looks()
         self.trace.events.append(
-            Event(kind, function, *templates, template, tuple(made), first, ambient, origin, operations, sample)
+            Event(kind, function, *templates, template, tuple(made), first, ambient, origin, operations, *known)
         )
 
-    # ---- gradients and history ---------------------------------------------------------------------------
-
-    def note_leaves(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Take note of the gradients that leaves have before a call uses them for the first time."""
-        for tensor in tensors:
-            if tensor.is_leaf and id(tensor) not in self._leaves and tensor.requires_grad:
-                self._leaves[id(tensor)] = tensor
-                self._entry_gradients[id(tensor)] = tensor.grad
-                if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
-                    self.refuse("tensor_hook", "a parameter has a gradient hook")
-            elif isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad:
-                self.trace.frozen[id(tensor)] = tensor
+    # ---- history -----------------------------------------------------------------------------------------
 
     def note_freed(self, nodes: Iterable[Any]) -> None:
         """Take note of autograd nodes that a backward has freed."""
@@ -292,16 +283,11 @@ class TraceWriter:
             for slot in set(others) - set(trace.history.outputs):
                 del trace.escapes[slot]
         if trace.refusal is None:
-            for leaf in self._leaves.values():
-                entry = self.number_if_known(self._entry_gradients[id(leaf)])
-                trace.gradients.append(Gradient(leaf, entry, self._exit_gradient(leaf)))
+            trace.gradients = self.gradients.plans(self.number_if_known, self._external)
+            # What is one value here is two tensors elsewhere: that a gradient is the tensor it was is not checked.
+            entries = [g.entry for g in trace.gradients if g.entry is not None and g.entry >= 0]
+            if len({*entries}) < len(entries) or not {*entries}.isdisjoint(trace.external_numbers):
+                self.refuse("unsupported_call", "a gradient from before the unit is also given to it otherwise")
         self._alive.clear()
         self._freed.clear()
         return trace
-
-    def _exit_gradient(self, leaf: torch.Tensor) -> int | None:
-        gradient = leaf.grad
-        number = self.number_if_known(gradient)
-        if number == -1 and gradient is not self._entry_gradients[id(leaf)]:
-            self.refuse("unsupported_call", "a gradient came from outside the unit")
-        return number

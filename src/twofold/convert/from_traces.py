@@ -59,14 +59,15 @@ class UnsupportedPath(Exception):
 
 @dataclass(frozen=True, eq=False)
 class GradientPlan:
-    """`.grad` of a leaf: the value it must have before the unit (None: not read), and what it is set to after."""
+    """`.grad` of a leaf: the value that it has before the unit (None: not read), and what it is set to after."""
 
     leaf: torch.Tensor
-    had_gradient: bool
     entry: Value | None
     exit: Value | None
     keeps: bool
     """Whether `.grad` stays the object it was."""
+    given: torch.Tensor | int | None
+    """What the program puts there after the unit, if that is a tensor of its own: this one, or the external fed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,9 +241,11 @@ class _Builder:
         trace = self.trace
         entry_numbers = {g.entry for g in trace.gradients if g.entry is not None and g.entry >= 0}
         for index, number in enumerate(trace.external_numbers):
-            if number in self.values:
-                continue
             role, _ = self.path.nodes[-1].role_of(index)
+            if number in self.values:
+                if role.tensor is None or self.values[number] in self.feeds:
+                    raise UnsupportedPath("new_path", "two tensors are one here, and are fed apart in other units")
+                continue
             if role.tensor is not None:
                 self._static(trace.externals[index], number)
             else:
@@ -441,11 +444,12 @@ class _Builder:
         read |= set(self.trace.slot_numbers)
         for gradient in self.trace.gradients:
             entry = self.entries.get(gradient.entry) if gradient.entry in read else None
-            keeps = gradient.exit is not None and gradient.exit == gradient.entry
             exit_value = None
-            if gradient.exit is not None and not keeps:
+            if gradient.exit is not None and not gradient.keeps:
                 exit_value = self._value(gradient.exit)
-            plans.append(GradientPlan(gradient.leaf, gradient.entry is not None, entry, exit_value, keeps))
+            given = None if gradient.given is None else self.path.nodes[-1].role_of(gradient.given)[0].tensor
+            given = gradient.given if given is None else given
+            plans.append(GradientPlan(gradient.leaf, entry, exit_value, gradient.keeps, given))
         return tuple(plans)
 
     def _is_on_accelerator(self) -> bool:

@@ -103,7 +103,7 @@ class FollowedUnit:
     def fetch(self, node: PathNode, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Run a call that needs values, with true tensors. Raises `CannotFollow`, before `function` has run."""
         self._copy_feeds(node)
-        path = node.latest
+        path = self.path_ahead(node)
         run = self._run_on(path, "a value is needed on a path with no graph yet")
         assert path is not None
         position = path.program.positions[node.depth]
@@ -131,13 +131,22 @@ class FollowedUnit:
         with unheard():
             return function(*arguments, **keywords)
 
+    def path_ahead(self, node: PathNode) -> Path | None:
+        """Return the path that the unit most likely takes from a node on.
+
+        That on which it runs, as long as it can be: an optimizer that stepped outside may have set gradients since, so
+        that they do not tell any more how the unit began.
+        """
+        running = self._path
+        return running if running is not None and running.passes(node) else self._graph.likely(node)
+
     def lets_python_draw(self) -> bool:
         """Have random numbers that Python draws now stay drawn; False if the unit may have drawn some ahead of it."""
         return self._run is None or self._run.lets_python_draw()
 
     def prepare_step(self, node: PathNode, plan: OptimizerPlan) -> None:
         """Hand the optimizer that steps at `node`, outside the graph, its gradients. Raises `CannotFollow`."""
-        path = node.latest
+        path = self.path_ahead(node)
         assert path is not None
         is_last = node.end is path and _keeps_as_before(path, escaped(self.slots))
         run = self._run_on(path, "an optimizer steps on a path with no graph yet")
@@ -160,7 +169,7 @@ class FollowedUnit:
             self._undo()
             self._mispredicted(path)
         installed: Installed | None = path.executable
-        if installed is None or path.stale or not installed.is_current():
+        if installed is None or path.stale or not installed.placement.is_kept():
             path.stale = True
             raise CannotFollow("new_path", lack)
         self._run, self._path = GraphRunner(installed, self._copied, self.feeds), path

@@ -28,20 +28,24 @@ class GradientExits:
     shared: tuple[int, ...]
     """The indices of those that do, in memory that a tensor which the program is handed shows too."""
 
+    given: tuple[tuple[int, torch.Tensor | int], ...]
+    """The indices of those that are tensors of the program's own, each with that tensor or the external fed."""
+
     @classmethod
     def of(cls, program: Program, given: Collection[Value], is_reused: bool) -> GradientExits:
         """Plan for a program; `given` are the values that a unit is given, `is_reused` is what it makes memory of."""
         plans = [plan for plan in program.gradients if not plan.keeps]
-        pairs = [(plan.leaf, plan.exit) for plan in plans if plan.exit is not None]
+        pairs = [(plan, plan.exit) for plan in plans if plan.exit is not None]
         values = tuple(value for _, value in pairs)
         roots = [root_of(value, program.views) for value in values]
         handed_out = {root_of(value, program.views) for value in program.escapes.values()}
         reused = [index for index, root in enumerate(roots) if is_reused and root not in given]
         return cls(
-            tuple(leaf for leaf, _ in pairs),
+            tuple(plan.leaf for plan, _ in pairs),
             values,
             tuple(plan.leaf for plan in plans if plan.exit is None),
             tuple(value for value in values if value in program.views),
             tuple(index for index in reused if roots[index] not in handed_out),
             tuple(index for index in reused if roots[index] in handed_out),
+            tuple((index, plan.given) for index, (plan, _) in enumerate(pairs) if plan.given is not None),
         )

@@ -9,8 +9,6 @@ path again.
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,8 +43,6 @@ class Installed:
     statics: Environment = field(init=False)
     placement: Placement = field(init=False)
     """Where the statics live."""
-    starts: tuple[tuple[torch.Tensor, ...], tuple[bool, ...]] = field(init=False)
-    """All leaves that get gradients, and which of them have one at every start."""
     entries: list[tuple[Value, torch.Tensor]] = field(init=False)
     """The gradients that a unit reads, each with its leaf."""
     exits: GradientExits = field(init=False)
@@ -70,8 +66,6 @@ class Installed:
         program = self.program
         self.statics = {value: tensor.detach() for value, tensor in program.statics.items()}
         self.placement = Placement(program.statics.values())
-        plans = program.gradients
-        self.starts = tuple(plan.leaf for plan in plans), tuple(plan.had_gradient for plan in plans)
         self.entries = [(plan.entry, plan.leaf) for plan in program.gradients if plan.entry is not None]
         lasting = {*program.statics, *(entry for entry, _ in self.entries)}
         self.exits = GradientExits.of(program, {*lasting, *program.feeds}, self.executable.reuses_outputs)
@@ -142,17 +136,6 @@ class Installed:
                 tensor.copy_(copy)
 
         return restore
-
-    def is_current(self) -> bool:
-        """Whether parameters and buffers still live where they did, and gradients are as at every start."""
-        leaves, had_gradient = self.starts
-        return (
-            self.placement.is_kept()
-            and tuple(map(operator.is_not, map(_grad, leaves), itertools.repeat(None))) == had_gradient
-        )
-
-
-_grad = operator.attrgetter("grad")
 
 
 def _is_small_and_remote(value: Value) -> bool:
@@ -351,6 +334,8 @@ class GraphRunner:
                 gradients[index] = copy
         for index in exits.shared:
             gradients[index] = self.owned_value(exits.values[index])
+        for index, given in exits.given:
+            gradients[index] = self._given[given] if isinstance(given, int) else given
         for leaf, gradient in zip(exits.leaves, gradients, strict=True):
             leaf.grad = gradient
         for leaf in exits.cleared:

@@ -302,7 +302,7 @@ class PythonRunner:
         """Answer the start of `optimizer.step()`; see `Listener`."""
         if self._node is not None:
             code, reason = "new_path", f"{type(optimizer).__name__}.step on a path with no graph yet, or set otherwise"
-            node = next((c for c in self._node.children if _steps(c, optimizer)), None)
+            node = next((c for c in self._node.children if c.fits_optimizer(optimizer)), None)
             if node is not None and len(arguments) == 1 and not keywords and self._step_is_known(node):
                 try:
                     return self._follow_step(node, optimizer)
@@ -314,7 +314,7 @@ class PythonRunner:
         return None
 
     def _step_is_known(self, node: PathNode) -> bool:
-        path = node.latest
+        path = self._unit.path_ahead(node)
         if path is None or path.executable is None:
             return False
         plan = path.program.optimizers.get(node.depth)
@@ -325,7 +325,7 @@ class PythonRunner:
         return holds
 
     def _follow_step(self, node: PathNode, optimizer: Optimizer) -> Any:
-        path = node.latest
+        path = self._unit.path_ahead(node)
         assert path is not None
         plan = path.program.optimizers[node.depth]
         if plan.outside:
@@ -365,8 +365,3 @@ class PythonRunner:
         except BaseException as error:  # the program's own, from a call made earlier
             recorder.refuse("unit_raised", f"{type(error).__name__} from a call made earlier in the unit", None)
             raise
-
-
-def _steps(node: PathNode, optimizer: Optimizer) -> bool:
-    event = node.event
-    return event is not None and event.kind == "optimizer" and event.arguments[0] is optimizer

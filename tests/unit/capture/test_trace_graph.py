@@ -46,6 +46,42 @@ def test_nan_is_nan():
     assert merged(graph, lambda: x * math.nan) is merged(graph, lambda: x * float("nan"))
 
 
+def test_gradients_that_are_dropped_first_do_not_matter():
+    graph = TraceGraph()
+    net = Linear()
+    batch = torch.ones(4, 3)
+    with_none = merged(graph, lambda: net.step(batch))
+    assert merged(graph, lambda: net.step(batch)) is with_none
+    net.weight.grad = None
+    assert with_none.can_begin()
+    assert merged(graph, lambda: net.step(batch)) is with_none
+    assert not any(node.event is not None and node.event.presence for node in with_none.nodes)
+
+
+def test_gradients_fork_where_an_event_first_depends_on_them():
+    graph = TraceGraph()
+    net = Linear()
+    batch = torch.ones(4, 3)
+
+    def accumulate() -> None:
+        torch.nn.functional.linear(batch, net.weight).sum().backward()
+        net.optimizer.step()
+
+    with_none = merged(graph, accumulate)
+    assert not with_none.can_begin()
+    with_gradient = merged(graph, accumulate)
+    assert with_gradient is not with_none
+    assert with_gradient.nodes[:2] == with_none.nodes[:2]
+    assert with_gradient.nodes[2].event is not None
+    assert with_gradient.nodes[2].event.presence == ((net.weight, True),)
+    fork = with_none.nodes[1]
+    assert fork.latest is with_gradient
+    assert graph.likely(fork) is with_gradient
+    net.weight.grad = None
+    assert graph.likely(fork) is with_none
+    assert not with_gradient.can_begin()
+
+
 def test_a_mode_forks():
     graph = TraceGraph()
     weight = torch.ones(2, requires_grad=True)
@@ -87,12 +123,7 @@ def test_another_shape_forks_and_another_parameter_too():
 def test_units_that_begin_otherwise_have_other_roots():
     graph = TraceGraph()
     net = Linear()
-    batch = torch.ones(4, 3)
-    with_none = merged(graph, lambda: net.step(batch))
-    with_gradient = merged(graph, lambda: net.step(batch))
-    assert with_none is not with_gradient
-    net.weight.grad = None
-    assert merged(graph, lambda: net.step(batch)) is with_none
+    merged(graph, lambda: net.step(torch.ones(4, 3)))
     before = graph.signature()
     net.weight.requires_grad_(False)
     assert graph.signature() != before

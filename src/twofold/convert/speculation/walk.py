@@ -143,8 +143,8 @@ class Walk:
 
     def before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: Any) -> Any:
         """Answer the start of `optimizer.step()`; see `Listener`."""
-        node = next((c for c in self.node.children if _steps(c, optimizer)), None)
-        path = None if node is None else node.latest
+        node = next((c for c in self.node.children if c.fits_optimizer(optimizer)), None)
+        path = None if node is None else self.graph.likely(node)
         plan = (
             None
             if path is None or path.program is None
@@ -195,8 +195,3 @@ class Walk:
         self.passed.clear()
         self.fetches.clear()
         self.made_by_python.clear()
-
-
-def _steps(node: PathNode, optimizer: Optimizer) -> bool:
-    event = node.event
-    return event is not None and event.kind == "optimizer" and event.arguments[0] is optimizer

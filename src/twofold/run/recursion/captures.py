@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from twofold.backends.cuda_graph import CaptureFailed, recording
-from twofold.capture.trace_graph import switches
+from twofold.capture.signature import switches
 
 from .captured import Captured, Lease, Recording, Work
 from .known import GivenPile

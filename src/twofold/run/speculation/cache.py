@@ -24,10 +24,11 @@ from .unit import FAILED, SpeculatedUnit, TensorWork
 
 MISSED: Final = object()
 """What a call returns that has to run in the ordinary way."""
-MAX_GRAPHS = 8
-"""Graphs kept for units that begin alike."""
+MAX_GRAPHS = 64
+"""Graphs kept for units that begin alike: six coins make 64. Of those that foresee the same coin only one is tried."""
 MAX_CONVERSIONS = 8
-"""Conversions of a function until each further one must have been earned, by `CALLS_A_CONVERSION` calls."""
+"""Conversions of a function, beside one for each path, until each further one must have been earned, by
+`CALLS_A_CONVERSION` calls."""
 CALLS_A_CONVERSION = 25
 RECENT = 50
 """Calls over which failures are counted."""
@@ -50,10 +51,16 @@ class SpeculatedGraph:
     speculation: Speculation
     function: HostFunction
     work: TensorWork
+    names: tuple[int, ...]
+    """The assumptions in their order, by the numbers that the cache knows them by."""
     runs: int = 0
     """Calls in which all assumptions held."""
     failures: Counter[int] = field(default_factory=Counter[int])
     """How often each assumption failed, by index."""
+
+    def shares(self, way: tuple[int, ...]) -> bool:
+        """Whether the assumptions up to one that has just failed are this graph's too, so that it fails as well."""
+        return self.names[: len(way)] == way
 
 
 class GraphCache:
@@ -72,6 +79,7 @@ class GraphCache:
         self._recent: deque[bool] = deque(maxlen=RECENT)
         self._conversions = 0
         self._past: AssumptionCounts = {}
+        self._names: dict[Assumption, int] = {}
 
     # ---- calls -------------------------------------------------------------------------------------------
 
@@ -84,7 +92,10 @@ class GraphCache:
         self.was_undone = False
         if not graphs:
             return MISSED, None
+        failed: list[tuple[int, ...]] = []
         for place, graph in enumerate(tuple(graphs)):
+            if any(map(graph.shares, failed)) or not graph.work.path.can_begin():
+                continue
             unit = SpeculatedUnit(graph.work)
             result = _run(graph, unit, arguments, keywords)
             if result is not MISSED:
@@ -98,6 +109,8 @@ class GraphCache:
             if self.was_undone:
                 self.note_failed()
                 return MISSED, None
+            if unit.failed_at is not None:
+                failed.append(graph.names[: unit.failed_at + 1])
         self._account.misses += 1
         return MISSED, None
 
@@ -136,6 +149,10 @@ class GraphCache:
         if len(self._recent) == RECENT and sum(self._recent) > MAX_FAILED:
             self.stop(f"{sum(self._recent)} of the last {RECENT} calls were other than any graph assumed")
 
+    def forgive(self) -> None:
+        """Forget the calls that failed."""
+        self._recent.clear()
+
     def stop(self, reason: str) -> None:
         """Give up speculating on the function."""
         self.stopped = reason
@@ -150,7 +167,7 @@ class GraphCache:
     def may_convert(self) -> bool:
         """Whether one more conversion is worth its time."""
         earned = sum(graph.runs for graphs in self._graphs.values() for graph in graphs) // CALLS_A_CONVERSION
-        return not self.stopped and self._conversions < MAX_CONVERSIONS + earned
+        return not self.stopped and self._conversions < MAX_CONVERSIONS + len(self._trace_graph.paths) + earned
 
     def add(self, root: PathNode, speculation: Speculation) -> None:
         """Make a new speculation runnable. Raises `Unschedulable`."""
@@ -163,7 +180,8 @@ class GraphCache:
         for forgotten in [root for root in self._graphs if root not in known]:
             self._drop(lambda _: True, forgotten)
         graphs = self._graphs.setdefault(root, [])
-        graphs.insert(0, SpeculatedGraph(speculation, function, work))
+        names = tuple(self._names.setdefault(one, len(self._names)) for one in speculation.assumptions)
+        graphs.insert(0, SpeculatedGraph(speculation, function, work, names))
         for old in graphs[MAX_GRAPHS:]:
             self._drop(lambda other, old=old: other is old, root)
 

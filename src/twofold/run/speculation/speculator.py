@@ -38,6 +38,9 @@ class Speculator:
         self._is_strict = options.strict
         self._refusals = 0
         self._retry_at = 0
+        self._lacks_graph = False
+        """Whether all that the last refusal missed was a graph to go by."""
+        self._paths = 0
         if options.engine not in ("auto", "speculation"):
             self.cache.stopped = f"engine={options.engine!r}"
 
@@ -64,6 +67,7 @@ class Speculator:
         Raises `NotConvertibleError` where speculation is demanded, strictly, and refused; else what effects of the
         call raise.
         """
+        self._look_for_paths()
         had_graphs = self.cache.has_graphs(root)
         result, path = self.cache.call(root, arguments, keywords)
         if result is not MISSED or self.cache.was_undone:
@@ -76,6 +80,16 @@ class Speculator:
         if had_graphs:
             self.cache.note_failed()
         return result, path
+
+    def _look_for_paths(self) -> None:
+        """Where paths were added, forgive what was refused or failed for want of them: coins take their time."""
+        if len(self._graph.paths) == self._paths:
+            return
+        self._paths = len(self._graph.paths)
+        self.cache.forgive()
+        if self._lacks_graph:
+            self._refusals = 0
+            self._retry_at = min(self._retry_at, self._account.iterations + FIRST_RETRY)
 
     def _may_convert(self, root: PathNode) -> bool:
         has_settled = self.cache.has_graphs(root) or root.units >= UNITS_BEFORE
@@ -110,7 +124,8 @@ class Speculator:
         self._account.refusal(refusal.code, refusal.construct, refusal.origin, refusal.line.strip(), refusal.hint)
         self._refusals = min(self._refusals + 1, MAX_REFUSALS)
         self._retry_at = self._account.iterations + FIRST_RETRY**self._refusals
-        if self._refusals == MAX_REFUSALS and refusal.code != "no_graph":
+        self._lacks_graph = refusal.code == "no_graph"
+        if self._refusals == MAX_REFUSALS and not self._lacks_graph:
             self.cache.stopped = f"not converted: {refusal.code}"
         if self._is_demanded and self._is_strict:
             raise NotConvertibleError(f"{self._account.name} is not speculated on: {refusal}", refusal)

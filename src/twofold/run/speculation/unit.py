@@ -59,8 +59,8 @@ class TensorWork:
         if not self.is_up_to_date():
             raise CannotSpeculate("the graph of the path is being built again")
         installed = self.path.executable
-        if not installed.placement.is_kept():  # whether there are gradients is in the signature
-            raise CannotSpeculate("a parameter or gradient was replaced")
+        if not installed.placement.is_kept():
+            raise CannotSpeculate("a parameter or buffer was replaced")
         if torch.is_inference_mode_enabled() != self.program.is_inference:
             raise CannotSpeculate("the call enters or leaves inference mode")
         for plan in self._optimizers:

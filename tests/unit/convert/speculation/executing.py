@@ -56,7 +56,7 @@ class Run:
         self.feeds: dict[int, Any] = {}
         self.copied: dict[int, torch.Tensor] = {}
         installed = Installed(self.program, ReplayExecutable(self.program))
-        assert installed.is_current()
+        assert installed.placement.is_kept()
         self.run = GraphRunner(installed, self.copied, self.feeds)
         self.answers: dict[int, Any] = {}
         self.tensors: dict[int, torch.Tensor] = {}
