@@ -21,16 +21,16 @@ SPECULATED = {
     "lr_schedule": 34,
     "varying_loop": 31,
     "lstm": 31,
-    "pix2pix": 30,
+    "pix2pix": 28,
     "grad_accumulation": 29,
     "resnet50": 28,
     "lm": 27,
     "multi_path": 27,
     "inception_v3": 20,
     # Who learns is decided by a loss, late: a call that goes the other way is undone, and in the end none is tried.
-    "adversarial": 20,
+    "adversarial": 25,
     # Each pattern of coins is a way of its own, to be met before it can be recorded, and again before it is converted.
-    "coin_flip": 1,
+    "coin_flip": 50,
 }
 """At least so many of the calls; the first three to thirteen, and one for each way, are eager or co-executed."""
 REFUSED = {

@@ -102,6 +102,26 @@ def test_gradient_that_is_also_held_is_not_taken_for_another() -> None:
     same(coins(make, between=between), STEPS)
 
 
+@pytest.mark.parametrize("kind", ["one tensor", "overlapping parts", "parts"])
+def test_gradients_that_share_memory_with_one_another(kind: str) -> None:
+    """Recorded apart; later the first two weights accumulate into memory that they share."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        return lambda number, x, y: (parts.loss(x, y).backward(), parts.optimizer.step())[1]
+
+    def between(number: int, parts: Parts) -> None:
+        first, last = (block.weight for block in parts.model.blocks)
+        flat = torch.ones(32)
+        shared = {"one tensor": (0, 0), "overlapping parts": (0, 8), "parts": (0, 16)}[kind]
+        begins = shared if number % 12 < 6 else None
+        for index, weight in enumerate((first, last)):
+            weight.grad = torch.ones(4, 4) if begins is None else flat[begins[index] :][:16].view(4, 4)
+
+    report = same(coins(make, between=between), STEPS)
+    codes = {entry["code"] for entry in report["fallbacks"]}
+    assert ("mutated_outside" in codes) is (kind != "parts")
+
+
 def test_deep_copy_of_a_leaf_has_its_gradient() -> None:
     def make(parts: Parts) -> Callable[..., Any]:
         weight = parts.seen["weight"] = torch.ones(4, requires_grad=True)

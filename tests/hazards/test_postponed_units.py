@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import twofold
-from tests.differential import assert_same, function, program
+from tests.differential import assert_same, exact_backend, function, program
 from tests.equivalence.test_programs import factory
 from tests.hazards.programs import MODES, Mode
 from tests.hazards.test_loops_without_steps import evaluation_with_metrics, inference, own_sgd, same_in_program
@@ -31,9 +31,9 @@ def _wait_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     "name", ["mlp", "grad_accumulation", "adversarial", "multi_path", "lm", "lr_schedule", "logging_net"]
 )
 def test_program_is_eager_whatever_waits(name: str, mode: Mode) -> None:
-    options: dict[str, Any] = {"backend": "replay", "numerics": "exact", "background": False}
+    options: dict[str, Any] = {"backend": exact_backend(), "numerics": "exact", "background": False}
     configuration = (function if mode == "function" else program)(**options)
-    report = assert_same(factory(name, "cpu"), 40, configuration, observe="end")
+    report = assert_same(factory(name, torch.empty(0).device.type), 40, configuration, observe="end")
     assert report["graph_iterations"] > 0
 
 

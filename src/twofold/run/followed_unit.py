@@ -24,7 +24,7 @@ from twofold.convert.from_traces import OptimizerPlan
 from twofold.graph import ambient_context, inference_mode
 
 from .account import Account
-from .graph_runner import GraphRunner, Installed, feed_copy
+from .graph_runner import GraphRunner, Installed, SharedGradient, feed_copy
 from .outputs import learn_layout, outputs_of
 from .placeholders import escaped, fill_placeholder, make_placeholder, recycle, with_freed_history
 
@@ -180,6 +180,8 @@ class FollowedUnit:
         try:
             with inference_mode(path.program.is_inference), unheard(), torch.no_grad():
                 launch()
+        except SharedGradient as why:
+            raise CannotFollow("mutated_outside", str(why)) from why
         except Exception as error:
             path.failures += 1
             path.stale = path.stale or path.failures > 1

@@ -9,6 +9,7 @@ path again.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,6 +35,10 @@ from .placement import Placement
 from .versions import keep_versions
 
 
+class SharedGradient(Exception):
+    """A gradient from before the unit shows memory that the unit is given otherwise too."""
+
+
 @dataclass(eq=False)
 class Installed:
     """A program with its executable and what is prepared once for all its units."""
@@ -45,6 +50,7 @@ class Installed:
     """Where the statics live."""
     entries: list[tuple[Value, torch.Tensor]] = field(init=False)
     """The gradients that a unit reads, each with its leaf."""
+    static_storages: frozenset[int] = field(init=False)
     exits: GradientExits = field(init=False)
     written: list[list[Value]] = field(init=False)
     last: int = field(init=False)
@@ -67,6 +73,7 @@ class Installed:
         self.statics = {value: tensor.detach() for value, tensor in program.statics.items()}
         self.placement = Placement(program.statics.values())
         self.entries = [(plan.entry, plan.leaf) for plan in program.gradients if plan.entry is not None]
+        self.static_storages = frozenset(map(_storage, self.statics.values())) if self.entries else frozenset()
         lasting = {*program.statics, *(entry for entry, _ in self.entries)}
         self.exits = GradientExits.of(program, {*lasting, *program.feeds}, self.executable.reuses_outputs)
         self.settings = [
@@ -136,6 +143,21 @@ class Installed:
                 tensor.copy_(copy)
 
         return restore
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _overlap(tensors: list[torch.Tensor]) -> bool:
+    """Whether any two show the same bytes, gaps between their elements counted as theirs."""
+    last_end = 0
+    for begin, tensor in sorted(((tensor.data_ptr(), tensor) for tensor in tensors), key=operator.itemgetter(0)):
+        if begin < last_end:
+            return True
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        last_end = begin + (elements * tensor.element_size() if tensor.numel() else 0)
+    return False
 
 
 def _is_small_and_remote(value: Value) -> bool:
@@ -209,6 +231,8 @@ class GraphRunner:
 
     def _launch_next(self) -> None:
         installed, environment, feeds, index = self.installed, self.environment, self._feeds, self.launched
+        if installed.entries:
+            self._check_gradients()
         is_kept = index == installed.last and not self._saved and not self.saves_last
         written = installed.written_early if is_kept else installed.written[index]
         if written or self.program.uses_random:
@@ -224,6 +248,18 @@ class GraphRunner:
             torch.autograd.graph.increment_version(installed.unnoticed[index])
         if self.launched in installed.host_copies:
             self._copy_to_host(self.launched)
+
+    def _check_gradients(self) -> None:
+        """Raise `SharedGradient` if a graph that took them for tensors of their own would be wrong about gradients.
+
+        Recorded apart, they are: an executable with memory of its own copies each in and back, and a compiler takes
+        inputs to be apart. Gradients may be parts of one tensor that do not overlap.
+        """
+        gradients: list[Any] = [self.environment[entry] for entry, _ in self.installed.entries]
+        storages = list(map(_storage, gradients))
+        others = self.installed.static_storages | set(map(_storage, self._feeds.values()))
+        if not others.isdisjoint(storages) or (len(set(storages)) < len(storages) and _overlap(gradients)):
+            raise SharedGradient("a gradient shares memory with another tensor of the unit")
 
     def launch_ahead(self) -> None:
         """Launch the segments that need nothing more from Python and write little that outlives the unit."""
