@@ -37,6 +37,9 @@ SAMPLES = 5
 """Units timed of each side before a tier is judged, by their medians, where units take one path."""
 MIXED_SAMPLES = 20
 """The same where they take several, and it is not known which an eager unit took: judged by their means."""
+LONG = 3
+"""In these means no unit counts for more than so many times what one in ten exceeds: one collection of all of Python's
+garbage, 130 ms, among 20 units of 1 ms would make them slower than eager ones of 7 ms."""
 MARGIN = 0.97
 """A tier has to take less than this share of the time of what it replaces: beyond noise."""
 INDUCTOR = frozenset({"inductor", "inductor+cuda_graph"})
@@ -80,8 +83,14 @@ class Contest:
         is_mixed = len(self.paths) > 1
         if min(len(self.samples), len(self.references)) < (MIXED_SAMPLES if is_mixed else SAMPLES):
             return None
-        typical = statistics.mean if is_mixed else statistics.median
+        typical = _mean_of_mixture if is_mixed else statistics.median
         return typical(self.samples), typical(self.references)
+
+
+def _mean_of_mixture(seconds: list[float]) -> float:
+    """Return the mean of units of several lengths, none of which counts for more than `LONG` long ones."""
+    bound = LONG * statistics.quantiles(seconds, n=10)[-1]
+    return statistics.mean(min(bound, one) for one in seconds)
 
 
 class Builder:

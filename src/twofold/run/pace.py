@@ -2,8 +2,10 @@
 
 To record a unit takes several times as long as to run it eagerly, and to build its graph as long again: a program of
 ten steps would never get that time back. So what keeps the program waiting is postponed until all that was taken, it
-included, is at most a share of the eager time so far. Until then units run eagerly and unwatched, at no cost. Time
-passes while they do, so it always comes; a longer step brings it in fewer iterations.
+included, is at most a share of the eager time so far, and what graphs have saved since. Until then units run eagerly
+and unwatched, at no cost. Time passes while they do, so it always comes; a longer step brings it in fewer iterations.
+So the program is never behind eager execution by more than that share, and the graphs of a program of many paths pay
+for one another.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Final
+
+import torch
 
 from .account import Account
 
@@ -28,8 +32,15 @@ RECORDED_AT_MOST: Final = 0.25
 """Seconds that a first recording is taken to need at most, however long units are: 5,000 operations."""
 TIMED: Final = 9
 """The latest eager units, whose median is what a unit takes."""
+MEASURED: Final = 3
+"""The latest times of each work, whose median is what it is taken to need: the first loads what is loaded once."""
 LONG: Final = 3
 """A unit counts as at most so many of these: one in which the machine did something else is no time for graphs."""
+
+
+HEAD_START: Final = 0.5
+"""Seconds that may be taken at once in a program of an accelerator, which takes as long to start: a loop of 26 lengths
+had 3 of its units recorded in its first 5 s without, and 26 graphs would have taken it half a minute."""
 
 
 class Work(Enum):
@@ -45,18 +56,27 @@ class Work(Enum):
 class Pace:
     """The time that one program was kept waiting, and whether more may be taken. Used by one thread at a time."""
 
-    def __init__(self, account: Account, is_kept: bool, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        account: Account,
+        is_kept: bool,
+        clock: Callable[[], float] = time.perf_counter,
+        uses_accelerator: Callable[[], bool] = torch.cuda.is_initialized,
+    ) -> None:
         """`is_kept`: whether anything is postponed at all."""
         self._account = account
         self._is_kept = is_kept
         self._clock = clock
+        self._uses_accelerator = uses_accelerator
         self._has_begun = False
         self._eager: deque[float] = deque(maxlen=TIMED)
         self._unit = 0.0
         """What a unit takes eagerly, once some were timed."""
         self._eager_seconds = 0.0
         """What all units so far would have taken eagerly, the first left out."""
-        self._measured: dict[Work, float] = {}
+        self._saved_seconds = 0.0
+        """What units that ran as graphs took less."""
+        self._measured: dict[Work, deque[float]] = {}
         self._has_said = False
 
     def fits(self, *works: Work) -> bool:
@@ -65,7 +85,8 @@ class Pace:
             return True
         taken = self._account.stall_seconds
         cost = sum(map(self._estimate, works))
-        fits = taken + cost <= SHARE * self._eager_seconds
+        head_start = HEAD_START if self._uses_accelerator() else 0.0
+        fits = taken + cost <= SHARE * self._eager_seconds + self._saved_seconds + head_start
         if not fits and self._eager and not self._has_said:
             self._has_said = True
             self._account.decision(
@@ -75,8 +96,8 @@ class Pace:
 
     def _estimate(self, work: Work) -> float:
         known = self._measured.get(work)
-        if known is not None:
-            return known
+        if known:
+            return statistics.median_low(known)
         if work is not Work.RECORD:
             return work.value * self._estimate(Work.RECORD)
         if not self._eager:
@@ -92,8 +113,12 @@ class Pace:
         try:
             yield
         finally:
-            self._measured[work] = seconds = self._clock() - began
+            seconds = self._clock() - began
+            self._note(work).append(seconds)
             self._account.stall_seconds += seconds
+
+    def _note(self, work: Work) -> deque[float]:
+        return self._measured.setdefault(work, deque(maxlen=MEASURED))
 
     def ran_eagerly(self, seconds: float) -> None:
         """Take the time of a unit that ran eagerly and unwatched.
@@ -122,11 +147,13 @@ class Pace:
         self._eager_seconds += 0.0 if goes_on else self._unit
         self._account.stall_seconds += taken
         if is_whole:
-            self._measured[Work.RECORD] = taken + (self._measured.get(Work.RECORD, 0.0) if goes_on else 0.0)
+            measured = self._note(Work.RECORD)
+            measured.append(taken + (measured.pop() if goes_on and measured else 0.0))
 
     def ran_otherwise(self, seconds: float, is_settled: bool) -> None:
         """Take the time of a unit that ran as a graph, or batched. `is_settled`: it is known that this pays."""
         if self._eager:
-            self._pass(seconds)
+            self._pass(max(seconds, self._unit))
+            self._saved_seconds += max(0.0, self._unit - seconds)
             if not is_settled:
                 self._account.stall_seconds += max(0.0, seconds - self._unit)
