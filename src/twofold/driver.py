@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from twofold.capture.autocast import Region, begin_without_casts
 from twofold.capture.intercept import Interception, saved_tensor_hooks_in_force
 from twofold.capture.trace import Trace
 from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
@@ -76,6 +77,7 @@ class Driver:
         self.between_units: Callable[[], None] | None = None
         """Called where a unit has ended and the program goes on."""
         self._mode = Mode.IDLE
+        self._region = Region()
         self._signature: Signature = ()
         self._root = self.graph.root(self._signature)
         self._likely: Path | None = None
@@ -104,6 +106,7 @@ class Driver:
         self._root = self.graph.root(self._signature)
         self._mode = self.next_mode(self._root)
         if self._mode is not Mode.IDLE:
+            begin_without_casts()
             PENDING.flush()  # results of recursive calls that the unit is given shall be ordinary tensors
         self._timing = (
             self._mode is not Mode.RECORD
@@ -143,6 +146,9 @@ class Driver:
             return Mode.IDLE
         if saved_tensor_hooks_in_force():  # checkpointing counts what is saved
             self.account.fallback("tensor_hook", "hooks on saved tensors, of checkpointing perhaps, are in force")
+            return Mode.IDLE
+        if not self._region.allows_unit(self.graph.leaves()):
+            self.account.fallback("unsupported_call", "a unit that trains began with autocast on: enter it within")
             return Mode.IDLE
         if self.account.iterations < root.idle_until:
             return Mode.IDLE
@@ -214,6 +220,7 @@ class Driver:
             if trace is not None:
                 account.traced_iterations += 1
                 self._learn(trace, signature)
+                self._region.end_unit(self.graph.leaves(), trace.written_storages())
             elif self._mode is Mode.IDLE and self._likely is not None:
                 account.eager_calls += self._likely.call_count
                 if self._timing or not self.graph.has_accelerator:  # else the device may still be at work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ class KnownLeaves:
         self._unhooked_at: tuple[int, int] | None = None
         """The number of the next handle, and of leaves, when no leaf was seen to run hooks."""
         self._unhooked: tuple[tuple[bool, ...], ...] = ()
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self._leaves.values())
 
     def signature(self) -> Signature:
         """Return the switches of PyTorch and then, for each leaf, what each path depends on.

@@ -218,6 +218,10 @@ class TraceGraph:
         """Describe the state in which a unit begins, as far as each of its paths depends on it."""
         return self._leaves.signature()
 
+    def leaves(self) -> Iterator[torch.Tensor]:
+        """Return the leaves that units were seen to use."""
+        return iter(self._leaves)
+
     def likely(self, node: PathNode) -> Path | None:
         """Return the path that a unit which has come to a node most likely takes, of those that gradients allow.
 
