@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.hazards.programs import MODES, MakeStep, Mode, Parts, same, summary, training
 from twofold.capture.gradients import EntryGradients
-from twofold.run.graph_runner import Installed
+from twofold.run.installed import Installed
 from twofold.run.speculation import cache
 from twofold.run.speculation.cache import GraphCache
 

@@ -16,7 +16,8 @@ from tests.hazards.test_launch_ahead import ahead as ahead  # a fixture
 from twofold.backends.executable import Environment
 from twofold.backends.replay import ReplayExecutable
 from twofold.convert.from_traces import Program
-from twofold.run.graph_runner import GraphRunner, Installed
+from twofold.run.graph_runner import GraphRunner
+from twofold.run.installed import Installed
 
 STEPS = 30
 

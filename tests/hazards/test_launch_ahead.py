@@ -13,7 +13,7 @@ from torch import nn
 from tests.differential import assert_same, function
 from tests.hazards.programs import Parts, training
 from twofold.convert import from_traces
-from twofold.run import graph_runner
+from twofold.run import installed
 from twofold.run.followed_unit import TRUSTED_AFTER
 from twofold.run.graph_runner import GraphRunner
 
@@ -38,10 +38,8 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         launched.extend(range(before, self.launched))
 
     monkeypatch.setattr(from_traces._Builder, "_is_on_accelerator", lambda _: True)
-    monkeypatch.setattr(graph_runner, "_is_small_and_remote", lambda _: True)
-    monkeypatch.setattr(
-        graph_runner, "_host_memory", lambda value: torch.empty(value.spec.shape, dtype=value.spec.dtype)
-    )
+    monkeypatch.setattr(installed, "_is_small_and_remote", lambda _: True)
+    monkeypatch.setattr(installed, "_host_memory", lambda value: torch.empty(value.spec.shape, dtype=value.spec.dtype))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(GraphRunner, "launch_ahead", launch_ahead)
     return launched

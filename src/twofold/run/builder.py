@@ -27,7 +27,8 @@ from twofold.graph import MalformedGraphError, inference_mode
 from twofold.options import Options, has_cpp_compiler
 
 from .account import Account
-from .graph_runner import Installed, RandomState, example_environment
+from .graph_runner import RandomState
+from .installed import Installed, example_environment
 from .pace import Pace, Work
 from .versions import keep_versions
 

@@ -24,7 +24,8 @@ from twofold.convert.from_traces import OptimizerPlan
 from twofold.graph import ambient_context, inference_mode
 
 from .account import Account
-from .graph_runner import GraphRunner, Installed, SharedGradient, feed_copy
+from .graph_runner import GraphRunner, feed_copy
+from .installed import Installed, SharedGradient
 from .outputs import learn_layout, outputs_of
 from .placeholders import escaped, fill_placeholder, make_placeholder, recycle, with_freed_history
 

@@ -10,7 +10,8 @@ from tests.unit.capture.recording import Linear, merge
 from twofold.backends.replay import ReplayExecutable
 from twofold.capture.trace_graph import TraceGraph
 from twofold.convert.from_traces import build_program
-from twofold.run.graph_runner import GraphRunner, Installed, RandomState, example_environment, feed_copy
+from twofold.run.graph_runner import GraphRunner, RandomState, feed_copy
+from twofold.run.installed import Installed, example_environment
 
 
 def install(step: Callable[[torch.Tensor], Any], given: list[torch.Tensor], exact: bool = True) -> Installed:

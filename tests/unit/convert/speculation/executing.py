@@ -33,7 +33,8 @@ from twofold.convert.speculation.speculation import (
     tensor,
 )
 from twofold.graph import AssertionFailed, interpret
-from twofold.run.graph_runner import GraphRunner, Installed, feed_copy
+from twofold.run.graph_runner import GraphRunner, feed_copy
+from twofold.run.installed import Installed
 from twofold.run.placeholders import with_freed_history
 
 EXACT = {"engine": "coexecution", "backend": "replay", "numerics": "exact", "background": False}
