@@ -87,6 +87,8 @@ class Driver:
         self._timing = False
         self._goes_on = False
         """Whether the unit is recorded because the one before it in the same call was."""
+        self._granted = 0
+        """Units that may still be recorded, whatever the pace: the rest of a warm-up."""
         self._new = 0
         """How many more units took new paths than known ones."""
         self._gave_up_at: int | None = None
@@ -174,13 +176,23 @@ class Driver:
         return Mode.RECORD
 
     def _recording(self, root: PathNode) -> Mode:
-        """Record the next unit, unless that has to wait, with what is built at once if it ends a path well known."""
-        is_last = self.options.warm_up == 1 or any(
-            path.executable is not None or (path.seen + 1 >= self.options.warm_up and path.nodes[0].parent is root)
-            for path in self.graph.paths
-        )
-        fits = self._goes_on or self.pace.fits(Work.RECORD, *((Work.BUILD,) if is_last else ()))
-        return Mode.RECORD if fits else Mode.IDLE
+        """Record the next unit, unless that has to wait.
+
+        There must be time for the warm-up as a whole, with what is built behind it: its units follow one another, as
+        they do where nothing waits. Ten units apart, two had the same batch, which was then taken for a constant; the
+        graph was compiled, dropped, and compiled again, and the demo took 75 s where eager execution takes 40.
+        """
+        if self._goes_on:
+            return Mode.RECORD
+        if self._granted:
+            self._granted -= 1
+            return Mode.RECORD
+        is_known = any(path.executable is not None for path in self.graph.paths)
+        units = 1 if is_known else self.options.warm_up
+        if not self.pace.fits(*(Work.RECORD,) * units, Work.BUILD):
+            return Mode.IDLE
+        self._granted = units - 1
+        return Mode.RECORD
 
     def _others_run(self, root: PathNode, blocked: Path) -> bool:
         """Whether units that begin at `root` take a path that runs as a graph as often as a blocked one."""
@@ -211,7 +223,7 @@ class Driver:
             path.units += 1
             account.span("graph", account.backend, int(self._began * 1e9), int((self._began + seconds) * 1e9))
             run = seconds - (account.stall_seconds - self._taken)
-            self.pace.ran_otherwise(run, path in self.builder.settled)
+            self.pace.ran_otherwise(run)
             if self._timing:
                 self.builder.note_graph(path, seconds)
         else:
@@ -237,7 +249,7 @@ class Driver:
             self.pace.recorded(seconds, trace.refusal is None, self._goes_on)
         elif self._mode is Mode.IDLE:
             if self.recursion is not None and self.recursion.takes_units:
-                self.pace.ran_otherwise(seconds, False)
+                self.pace.ran_otherwise(seconds)
             else:
                 self.pace.ran_eagerly(seconds)
 

@@ -49,9 +49,12 @@ def test_loop_without_steps_is_seen_after_its_first_unit_ran_unwatched(loop: Any
 
 
 def test_all_units_of_a_call_are_recorded_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the second optimizer's unit would count as what follows the call's last step, and never be heard."""
-    asked: list[Work] = []
-    monkeypatch.setattr(Pace, "fits", lambda self, *works: asked.extend(works) or len(asked) == 2)
+    """Else the second optimizer's unit would count as what follows the call's last step, and never be heard.
+
+    The next call is recorded without being asked for: the units of a warm-up follow one another.
+    """
+    asked: list[tuple[Work, ...]] = []
+    monkeypatch.setattr(Pace, "fits", lambda self, *works: asked.append(works) or len(asked) == 2)
     models = nn.Linear(4, 4), nn.Linear(4, 4)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
     x = torch.randn(6, 4)
@@ -67,7 +70,7 @@ def test_all_units_of_a_call_are_recorded_in_one_call(monkeypatch: pytest.Monkey
     for _ in range(3):
         step()
         traced.append(twofold.report(step).to_dict()["traced_iterations"])
-    assert traced == [0, 2, 2]
+    assert traced == [0, 2, 4]
 
 
 def test_a_conversion_that_waits_is_no_failed_call(monkeypatch: pytest.MonkeyPatch) -> None:

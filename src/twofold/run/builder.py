@@ -154,10 +154,10 @@ class Builder:
         state = self._states.get(path)
         if state is None or path.blocked or path.stale or contest.on_trial is not None:
             return
-        if self._has_to_order(state, contest) and self.pace.fits(Work.ORDER):
+        if self._has_to_order(state, contest):
             with self.pace.taking(Work.ORDER):
                 self._order(path, state, accelerator)
-        if not state.orders or not all(order.done() for order in state.orders) or not self.pace.fits(Work.INSTALL):
+        if not state.orders or not all(order.done() for order in state.orders):
             return
         orders, state.orders = state.orders, []
         failure = next((order.exception() for order in orders if order.exception() is not None), None)

@@ -150,10 +150,12 @@ class Pace:
             measured = self._note(Work.RECORD)
             measured.append(taken + (measured.pop() if goes_on and measured else 0.0))
 
-    def ran_otherwise(self, seconds: float, is_settled: bool) -> None:
-        """Take the time of a unit that ran as a graph, or batched. `is_settled`: it is known that this pays."""
+    def ran_otherwise(self, seconds: float) -> None:
+        """Take the time of a unit that ran as a graph, or batched.
+
+        What it took longer than an eager one is not counted: most of that is the compiler's, on few cores, and kernels
+        that wait for it to be made up for are kernels that come later (the demo took 73 s instead of 35).
+        """
         if self._eager:
             self._pass(max(seconds, self._unit))
             self._saved_seconds += max(0.0, self._unit - seconds)
-            if not is_settled:
-                self._account.stall_seconds += max(0.0, seconds - self._unit)
