@@ -28,7 +28,8 @@ from benchmarks.programs import NAMES, PROGRAMS
 FIRST_STEPS = 10
 SETTLE_ROUNDS = 3
 SETTLE_SECONDS = 3.0
-"""Twofold makes its graphs in a third of a program's time at most, and has them after a second or two."""
+"""Twofold makes its graphs in a third of a program's time at most: those of one path come after a second or two, those
+of many paths after this."""
 # A round is about this long for eager, within the limits on its steps.
 ROUND_SECONDS = 0.3
 ROUND_STEPS = (10, 200)

@@ -179,8 +179,8 @@ class Driver:
         """Record the next unit, unless that has to wait.
 
         There must be time for the warm-up as a whole, with what is built behind it: its units follow one another, as
-        they do where nothing waits. Ten units apart, two had the same batch, which was then taken for a constant; the
-        graph was compiled, dropped, and compiled again, and the demo took 75 s where eager execution takes 40.
+        they do where nothing waits. Units far apart may have the same batch, which is then taken for a constant until
+        another comes, and the graph is built and compiled again.
         """
         if self._goes_on:
             return Mode.RECORD

@@ -40,7 +40,7 @@ LONG: Final = 3
 
 HEAD_START: Final = 0.5
 """Seconds that may be taken at once in a program of an accelerator, which takes as long to start: a loop of 26 lengths
-had 3 of its units recorded in its first 5 s without, and 26 graphs would have taken it half a minute."""
+had 3 of its units recorded in its first 5 s without, and 26 graphs would have come after half a minute, by estimate."""
 
 
 class Work(Enum):
@@ -153,8 +153,8 @@ class Pace:
     def ran_otherwise(self, seconds: float) -> None:
         """Take the time of a unit that ran as a graph, or batched.
 
-        What it took longer than an eager one is not counted: most of that is the compiler's, on few cores, and kernels
-        that wait for it to be made up for are kernels that come later (the demo took 73 s instead of 35).
+        What it took longer than an eager one is not counted: on few cores most of that is the compiler's. Counted, it
+        came to 26 s in a run of the demo's script, whose kernels were then ordered 40 s late.
         """
         if self._eager:
             self._pass(max(seconds, self._unit))
