@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.hazards.programs import BATCH, MODES, Mode, Parts, accounted, runs_as_graph, same, training
+from tests.hazards.programs import BATCH, MODES, Mode, Parts, accounted, runs_as_graph, same, stays_eager, training
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -680,3 +680,49 @@ def test_forward_only_with_history_left_alive() -> None:
             parts.optimizer.step()
 
     runs_as_graph(training(make, between=between), 8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_was_made_beside_a_loss_is_freed_with_it(mode: Mode) -> None:
+    """The probabilities of a policy are kept, though the loss was made of the logits: a backward from them raises."""
+    kept: list[torch.Tensor] = []
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        kept.clear()
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            logits = parts.model(x)
+            kept[:] = [logits.softmax(-1)]
+            loss = F.mse_loss(logits, y)
+            loss.backward()
+            parts.optimizer.step()
+            return loss.detach()
+
+        return step
+
+    def between(number: int, parts: Parts) -> None:
+        if number % 3 == 2:
+            with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                kept[0].sum().backward()
+
+    runs_as_graph(training(make, between=between), 10, mode, at_least=4)
+
+
+@pytest.mark.parametrize("beside", ["a leaf", "what saves nothing"])
+def test_what_was_made_beside_a_loss_and_can_be_differentiated_is_not(beside: str) -> None:
+    """The history of what is kept is whole, a penalty of weights, or was never freed: a backward from it works."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            weight = -parts.model[0].weight
+            kept = weight + parts.model[2].weight.exp().sum() if beside == "a leaf" else weight.exp()
+            loss = parts.loss(x, y) if beside == "a leaf" else weight.sum()
+            loss.backward()
+            parts.optimizer.step()
+            return kept
+
+        return step
+
+    stays_eager(training(make), "history_escapes", 8)

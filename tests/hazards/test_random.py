@@ -214,6 +214,45 @@ def test_generator_when_a_path_is_left() -> None:
     accounted(training(make), 10)
 
 
+def test_numbers_drawn_by_python_stay_drawn_when_a_path_is_left() -> None:
+    """Noise of ever other sizes becomes Python's own, between a fetch, for which a segment runs, and dropout."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        losses = [torch.zeros(())]
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            print((losses[-1] + 1).item())
+            noise = torch.randn(1 + number % 9, 4)
+            if number in (23, 30):
+                x = x.abs()
+            losses.append(parts.train(x + noise.mean(0), y).detach())
+            return noise
+
+        return step
+
+    for mode in MODES:
+        runs_as_graph(training(make, model=noisy), 40, mode)
+
+
+def test_numbers_drawn_by_python_after_the_units_own() -> None:
+    """Dropout, which the graph draws for at the unit's end, and then noise that Python draws at once."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            hidden = F.dropout(parts.model[0](x), 0.5)
+            noise = torch.randn(1 + number % 9, 8)
+            parts.optimizer.zero_grad()
+            loss = F.mse_loss(parts.model[2](hidden + noise.mean(0)), y)
+            loss.backward()
+            parts.optimizer.step()
+            return noise
+
+        return step
+
+    for mode in MODES:
+        accounted(training(make), 40, mode)
+
+
 def test_draws_outside_between_units() -> None:
     def between(number: int, parts: Parts) -> None:
         parts.seen.setdefault("drawn", []).append((torch.rand(1).item(), random.random(), np.random.rand()))

@@ -150,6 +150,17 @@ def _ones(output: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     return memory.as_strided(output.shape, strides)
 
 
+def following_nodes(node: Any) -> list[Any]:
+    """Return the autograd nodes that a node hands gradients on to."""
+    return [following for following, _ in node.next_functions if following is not None]
+
+
+@functools.cache
+def saves_tensors(kind: type) -> bool:
+    """Whether autograd nodes of a type save tensors for backward."""
+    return any(name.startswith("_raw_saved_") for name in dir(kind))
+
+
 def held_by_python(reference: weakref.ref[torch.Tensor]) -> torch.Tensor | None:
     """Return a tensor if the program holds it, and None if it is gone or kept by autograd alone.
 

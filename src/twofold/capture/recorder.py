@@ -30,6 +30,7 @@ from .functions import (
     display_name,
     has_dynamic_shape,
     is_mutable,
+    is_random,
     keeps_workspace,
 )
 from .gradients import COPIES, DROPS, READS
@@ -132,6 +133,7 @@ class Recorder:
         if function in DIFFERENTIATE:
             self._note_backward(arguments, keywords, origin, function is not torch.autograd.grad)
         self._asked = False
+        drawn = self.trace.first_random
         try:
             result = self._run_announced(function, arguments, keywords)
         except BaseException:  # no event, so what it alone was given is none of the unit's
@@ -151,6 +153,9 @@ class Recorder:
             self.refuse("unsupported_call", f"{display_name(function)} takes a number out of a tensor", origin)
         if self._is_cpu_work(given, made):
             self._writer.forget_externals(known)
+            self.trace.first_random = drawn  # it drew from the CPU's generator, which no graph of such a program uses
+            if not given:
+                self.trace.host_sites.add((function, origin))
             return result
         self._writer.append(kind, function, templates, result, ambient, origin, operations)
         return result
@@ -320,10 +325,13 @@ class Recorder:
             self._announced -= 1
 
     def _run_unrecorded(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        drawn = self.trace.first_random
         try:
             return self._run_announced(function, arguments, keywords)
         finally:
-            self._writer.take_operations()
+            if any(is_random(operation.target) for operation in self._writer.take_operations()):
+                self.trace.first_random = drawn  # Python draws at the same place when the unit is a graph
+                self.random_state_changes()
 
     def _refuses(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
         if keywords.get("out") is not None:

@@ -209,6 +209,8 @@ class Trace:
     """What those of one element held."""
     history: History | None = None
     """The history of live escapes, if it was recorded."""
+    host_sites: set[tuple[Any, Origin | None]] = field(default_factory=set[tuple[Any, Origin | None]])
+    """Calls on no tensors that made one on the CPU, in a program of an accelerator: Python keeps doing them."""
     first_random: int | None = None
     """The index of the first event that draws random numbers from PyTorch's generators."""
     makes_state: bool = False

@@ -18,6 +18,7 @@ import torch
 
 from twofold.graph import Origin, TensorSpec
 
+from .functions import is_random
 from .gradients import presence_holds
 from .history import Layout, Watch
 from .match import Match, Placeholders, Role, build_match, equal_templates
@@ -186,6 +187,8 @@ class TraceGraph:
         self._relaxed: dict[PathNode, None] = {}
         """Nodes whose checks are to be compiled again before the next unit."""
         self.host_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
+        self.drawing_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
+        """Those that draw from the generator that units draw from."""
         self.number_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
         self.layouts: dict[Layout, None] = {}
         """How backwards outside the units were seen to reach what units handed out."""
@@ -255,6 +258,7 @@ class TraceGraph:
                 self.lesson = "the program computes on an accelerator; Python keeps its work on the CPU"
                 self.clear()
                 return None
+        self.host_sites |= trace.host_sites
         node = root = self.root(signature)
         nodes: list[PathNode] = []
         for event in trace.events:
@@ -396,6 +400,8 @@ class TraceGraph:
             return False
         self.lesson = "a call was given other Python values again; Python keeps it"
         self.host_sites |= {(event.function, event.origin)}
+        if any(is_random(operation.target) for operation in event.operations):
+            self.drawing_sites |= {(event.function, event.origin)}
         return True
 
 

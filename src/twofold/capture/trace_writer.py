@@ -18,7 +18,7 @@ from twofold.graph import Ambient, Origin, TensorSpec
 
 from .functions import display_name, is_mutable, is_random
 from .gradients import EntryGradients
-from .history import held_by_python
+from .history import following_nodes, held_by_python, saves_tensors
 from .intercept import unheard, user_origin
 from .trace import (
     Event,
@@ -263,7 +263,41 @@ class TraceWriter:
             return "live"
         if function is None:
             return "none"
-        return "freed" if function in self._freed else "live"
+        return "freed" if self._is_freed(function) else "live"
+
+    def _is_freed(self, function: Any) -> bool:
+        """Whether a backward from a node would raise, for nodes that a backward has freed, and reach no leaf else."""
+        return (function in self._freed or self._leads_to_freed(function)) and self._has_let_go(function)
+
+    def _leads_to_freed(self, function: Any) -> bool:
+        """Whether all ways from a node meet a freed one before a leaf.
+
+        As from what was made beside a loss, of the same values: the probabilities of a policy, an encoder's last state.
+        """
+        beside: dict[Any, None] = {}
+        pending = [function]
+        while pending:
+            node = pending.pop()
+            if getattr(node, "variable", None) is not None:
+                return False
+            if node not in self._freed and node not in beside:
+                beside[node] = None
+                pending.extend(following_nodes(node))
+        return True
+
+    def _has_let_go(self, function: Any) -> bool:
+        """Whether some freed node behind this one had saved a tensor: without, a backward runs as often as one likes."""
+        seen: dict[Any, None] = {}
+        pending = [function]
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            if node in self._freed and saves_tensors(type(node)):
+                return True
+            seen[node] = None
+            pending.extend(following_nodes(node))
+        return False
 
     # ---- the end -----------------------------------------------------------------------------------------
 

@@ -311,7 +311,7 @@ class Builder:
         given = example_environment(program)
         warm = inner.backend != "replay"
         saved = Installed(program, inner).save_written() if warm else None
-        random = RandomState.take()
+        random = RandomState.take(program.on_accelerator)
         restore_versions = keep_versions(program.statics.values())
         try:
             executable = CudaGraphExecutable(program, inner, given, warm)

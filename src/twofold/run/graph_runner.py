@@ -26,20 +26,25 @@ from .versions import keep_versions
 
 @dataclass(frozen=True)
 class RandomState:
-    """The states of PyTorch's default generators."""
+    """The state of the generator that a unit draws from: PyTorch's default one, of the CPU or of the accelerator.
 
-    cpu: torch.Tensor
+    A unit of an accelerator never draws from the CPU's, which Python may have drawn from meanwhile.
+    """
+
+    cpu: torch.Tensor | None
     cuda_offset: int | None
 
     @classmethod
-    def take(cls) -> RandomState:
-        """Read the states of now."""
-        used = torch.cuda.is_available() and torch.cuda.is_initialized()
-        return cls(torch.default_generator.get_state(), _generator().get_offset() if used else None)
+    def take(cls, on_accelerator: bool) -> RandomState:
+        """Read the state of now."""
+        if on_accelerator:
+            return cls(None, _generator().get_offset())
+        return cls(torch.default_generator.get_state(), None)
 
     def restore(self) -> None:
-        """Go back to these states."""
-        torch.default_generator.set_state(self.cpu)
+        """Go back to this state."""
+        if self.cpu is not None:
+            torch.default_generator.set_state(self.cpu)
         if self.cuda_offset is not None:
             _generator().set_offset(self.cuda_offset)
 
@@ -140,7 +145,7 @@ class GraphRunner:
 
     def _save(self, written: list[Value]) -> None:
         if self._random is None and self.program.uses_random:
-            self._random = RandomState.take()
+            self._random = RandomState.take(self.program.on_accelerator)
         fresh = [value for value in written if value not in self._saved]
         if fresh:
             self._saved.update((value, self.environment[value].clone()) for value in fresh)

@@ -125,7 +125,7 @@ class History:
     @contextmanager
     def _random_before(self) -> Generator[None]:
         """Go back to the random generators as they were when the unit began, and return."""
-        now = None if self._random is None else RandomState.take()
+        now = None if self._random is None else RandomState.take(self._random.cpu is None)
         try:
             if self._random is not None:
                 self._random.restore()

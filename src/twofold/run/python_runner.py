@@ -221,6 +221,10 @@ class PythonRunner:
             if name in ("requires_grad", "is_leaf"):
                 return getattr(known[1], name)
         if not self._has_placeholder(given) and self._is_pythons_own(function, given):
+            if self.graph.drawing_sites and (function, user_origin()) in self.graph.drawing_sites:
+                self.host_work()
+                if self._recorder is not None:
+                    return self.call(function, arguments, keywords)
             return function(*arguments, **keywords)
         self.leave("new_path", f"unexpected call of {display_name(function)}")
         return self.call(function, arguments, keywords)
