@@ -221,6 +221,7 @@ class Driver:
             root.refusals = 0
             root.units += 1
             path.units += 1
+            path.seconds += seconds
             account.span("graph", account.backend, int(self._began * 1e9), int((self._began + seconds) * 1e9))
             run = seconds - (account.stall_seconds - self._taken)
             self.pace.ran_otherwise(run)

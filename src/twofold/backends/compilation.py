@@ -18,14 +18,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 
-from .inductor import CompileFailed, compile_to_file
+from .inductor import CompileFailed, compile_to_file, vectors_work
 
 MAX_DEATHS = 3
 """Compile processes that end without an answer, one after the other, before compiling is given up. Each takes some
@@ -42,6 +42,7 @@ class Compiler:
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
         self._seconds: dict[str, float] = {}
+        self._is_busy = False
         self._deaths = 0
         """How many compile processes have ended since one gave an answer."""
 
@@ -70,6 +71,11 @@ class Compiler:
     def seconds_of(self, key: str) -> float:
         """Return how long a piece took to compile and load; 0 while it has not."""
         return self._seconds.get(key, 0.0)
+
+    @property
+    def is_working(self) -> bool:
+        """Whether orders are worked on in the background, or wait."""
+        return self._is_busy or not self._orders.empty()
 
     def close(self) -> None:
         """End the compile process; orders that wait are dropped."""
@@ -111,8 +117,10 @@ class Compiler:
 
     def _serve(self) -> None:
         while (order := self._orders.get()) is not None:
+            self._is_busy = True
             key, text = order
             self._fulfil(key, lambda path, text=text: self._ask_process(text, path))
+            self._is_busy = False
 
     def _ask_process(self, text: str, path: str) -> None:
         if self._deaths >= MAX_DEATHS:
@@ -158,25 +166,37 @@ def _death(status: int) -> CompileFailed:
     return CompileFailed(f"the compile process ended with status {status}")
 
 
-def _import_loader() -> None:
-    """Import what loading an artifact needs, about 2 s, while the compile process works.
+@contextlib.contextmanager
+def _giving_way() -> Generator[None]:
+    """Let the program's thread have the interpreter lock whenever it asks.
 
-    The program's thread asks for the interpreter lock after every operation. At Python's default interval of 5 ms
-    a step took 390 ms meanwhile, at 10 µs no longer than before.
+    It asks after every operation. At Python's default interval of 5 ms a step took 390 ms while this thread imported
+    something, at 10 µs no longer than before.
     """
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        importlib.import_module("torch._inductor.standalone_compile")
+        yield
     finally:
         sys.setswitchinterval(interval)
 
 
-def load_artifact(path: str) -> Callable[..., Any]:
-    """Load a compiled piece: a callable from input tensors to a list of output tensors."""
-    from torch._inductor import CompiledArtifact
+def _import_loader() -> None:
+    """Import what loading an artifact needs, 2 to 3 s, while the compile process works."""
+    with _giving_way():
+        importlib.import_module("torch._inductor.standalone_compile")
+        importlib.import_module("torch._inductor.compile_fx")
 
-    return CompiledArtifact.load(path=path, format="binary")
+
+def load_artifact(path: str) -> Callable[..., Any]:
+    """Load a compiled piece: a callable from input tensors to a list of output tensors.
+
+    The first asks once more which instructions work.
+    """
+    from torch._inductor import CompiledArtifact, config
+
+    with _giving_way(), config.patch({"cpp.vec_isa_ok": vectors_work()}):
+        return CompiledArtifact.load(path=path, format="binary")
 
 
 _compiler: Compiler | None = None
@@ -189,3 +209,8 @@ def compiler() -> Compiler:
         _compiler = Compiler()
         atexit.register(_compiler.close)
     return _compiler
+
+
+def is_compiling() -> bool:
+    """Whether the process's compiler works beside the program."""
+    return _compiler is not None and _compiler.is_working

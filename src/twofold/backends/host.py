@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from twofold.convert.segments import is_view
 from twofold.graph import Graph, Node, Value, values_in
 from twofold.options import has_allocator_settings
+
+from .executable import Environment, Executable
 
 aten: Any = torch.ops.aten
 
@@ -27,23 +32,57 @@ thread takes 2 to 10. The MLP of the benchmarks, whose 26 products have 2**18 ea
 and 210 to 450 on two, depending on where the second core was."""
 _PRODUCTS: dict[Any, int] = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}
 """Products and the positions of their first factors, whose last dimension is summed over."""
+_CONVOLUTIONS: dict[Any, tuple[int, int]] = {
+    aten.convolution.default: (1, 6),
+    aten.convolution_backward.default: (2, 7),
+}
+"""Convolutions, with the positions of their weight and of whether they are transposed."""
+MUCH_WORK = 1000.0
+"""Grains of work of a node that nothing is known of."""
+WORTH_SHARING = 0.1
+SHARED_FROM = 0.5
+"""Grains from which Inductor shares out a node: two of its `SMALLEST_CHUNK`."""
 _MUCH_FOR_EACH_ELEMENT = ("conv", "attention", "linalg", "fft", "cdist", "rnn", "lstm", "gru", "solve", "cholesky")
 
 
 def threads_for(graph: Graph) -> int:
-    """Return the number of threads that a piece should be compiled for and run on: one, or as many as PyTorch has."""
+    """Return the number of threads that a piece should be compiled for and run on: one, or as many as PyTorch has.
+
+    One, unless the large nodes gain more by sharing their work than it takes to wake the others for each, by a tenth of
+    all work at least. The training step of `examples/digits.py` gains a hundredth by this count; it took 2.26 ms on two
+    threads and 2.00 on one.
+    """
     threads = torch.get_num_threads()
-    return 1 if all(map(_is_small, graph.nodes)) else threads
+    works = list(map(_work, graph.nodes))
+    gain = sum(work * (1 - 1 / threads) - 1 for work in works if work > SHARED_FROM)
+    return threads if gain > WORTH_SHARING * sum(works) else 1
 
 
-def _is_small(node: Node) -> bool:
+def _work(node: Node) -> float:
+    """Return the work of a node in grains, each as long as it takes to wake and await another thread."""
+    if is_view(node):
+        return 0.0
+    if node.target in _CONVOLUTIONS:
+        return _convolution_work(node)
     if any(word in str(node.target) for word in _MUCH_FOR_EACH_ELEMENT):
-        return False
+        return MUCH_WORK
     factor = _PRODUCTS.get(node.target)
     if factor is not None:
         length = _shape(node.arguments[factor])[-1]
-        return 2 * length * sum(map(_elements, node.results)) <= SMALL_PRODUCT
-    return all(_elements(value) <= GRAIN for value in _values(node))
+        return 2 * length * sum(map(_elements, node.results)) / SMALL_PRODUCT
+    return max(map(_elements, _values(node)), default=0) / GRAIN
+
+
+def _convolution_work(node: Node) -> float:
+    """Return the work of a convolution or of its gradients: a product for each output and each weight that it sees."""
+    weight, is_transposed = (node.arguments[i] for i in _CONVOLUTIONS[node.target])
+    if is_transposed is not False:
+        return MUCH_WORK
+    is_backward = node.target is aten.convolution_backward.default
+    outputs: Any = node.arguments[0] if is_backward else node.results[0]
+    mask: Any = node.arguments[10] if is_backward else (True,)
+    count: int = sum(mask[:2])
+    return count * 2 * _elements(outputs) * math.prod(_shape(weight)[1:]) / SMALL_PRODUCT
 
 
 def _values(node: Node) -> Iterator[Value]:
@@ -52,7 +91,7 @@ def _values(node: Node) -> Iterator[Value]:
 
 
 def _shape(value: Any) -> list[int]:
-    return [] if value.spec is None else [GRAIN + 1 if size is None else size for size in value.spec.shape]
+    return [] if value.spec is None else [int(MUCH_WORK) * GRAIN if size is None else size for size in value.spec.shape]
 
 
 def _elements(value: Value) -> int:
@@ -62,8 +101,45 @@ def _elements(value: Value) -> int:
     return count
 
 
+def cores() -> int:
+    """Return how many cores the process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_core_to_spare() -> bool:
+    """Whether a compiler beside the program takes no core from its threads."""
+    return torch.get_num_threads() < cores()
+
+
+class LeavesCore:
+    """An executable on a CPU that leaves a core to a compiler beside it, as long as that works.
+
+    On two cores, two threads that wait for one another at each kernel gain nothing while a compiler has one of the
+    cores half of the time: a replayed step of `examples/digits.py` took 4.6 ms on average on two threads, and the
+    compiler got 0.38 of a core; on one thread 3.3 ms, and it got a whole one.
+    """
+
+    reuses_outputs = False
+
+    def __init__(self, inner: Executable, is_compiling: Callable[[], bool]) -> None:
+        self.backend = inner.backend
+        self._launch = inner.launch
+        self._launch_aside = on_threads(max(1, cores() - 1), inner.launch)
+        self._is_compiling = is_compiling
+
+    def launch(self, index: int, environment: Environment) -> None:
+        """Run segment `index`; see `Executable`."""
+        is_aside = self._is_compiling() and not has_core_to_spare()
+        (self._launch_aside if is_aside else self._launch)(index, environment)
+
+
 def on_one_thread(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `run` with all of its work on the calling thread; as it is where OpenMP and MKL are not there to be asked.
+    """Return `run` with all of its work on the calling thread; see `on_threads`."""
+    return on_threads(1, run)
+
+
+def on_threads(count: int, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run` on so many threads, the calling one included; as it is without OpenMP and MKL to be asked.
 
     Only the calling thread's own counts change. `torch.set_num_threads` would change the program's too, which other
     threads read when they begin.
@@ -73,17 +149,17 @@ def on_one_thread(run: Callable[..., Any]) -> Callable[..., Any]:
         return run
     openmp_threads, set_openmp_threads, set_mkl_threads = counts
 
-    def run_on_one_thread(*inputs: Any) -> Any:
+    def run_on_threads(*inputs: Any) -> Any:
         of_openmp = openmp_threads()
-        set_openmp_threads(1)
-        of_mkl = set_mkl_threads(1)
+        set_openmp_threads(count)
+        of_mkl = set_mkl_threads(count)
         try:
             return run(*inputs)
         finally:
             set_mkl_threads(of_mkl)
             set_openmp_threads(of_openmp)
 
-    return run_on_one_thread
+    return run_on_threads
 
 
 @functools.cache

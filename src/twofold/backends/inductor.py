@@ -20,7 +20,7 @@ import torch
 
 from twofold.convert.from_traces import Program
 from twofold.convert.segments import carve
-from twofold.graph import Graph, Node, Value, parse, show
+from twofold.graph import Graph, Node, Value, map_values, parse, show
 
 from .executable import Environment, lower_to_fx
 from .host import keep_freed_memory, on_one_thread, threads_for
@@ -34,6 +34,9 @@ MAX_PIECE_NODES = 1500
 SMALLEST_CHUNK = 8192
 """Elements that a thread of a compiled CPU kernel is given at least: some 4 µs of work. Inductor's own 512 are done
 sooner than a second thread is there: the MLP of the benchmarks on two threads took 450 µs a launch instead of 390."""
+
+VECTORS = frozenset({"AVX2", "AVX512"})
+"""What PyTorch calls the instructions for which its own kernels were built and are in use."""
 
 _LEFT_ALONE = ("_fused_", "_amp_", "_foreach_")
 
@@ -164,6 +167,7 @@ def compile_to_file(text: str, path: str, threads: int) -> None:
             "triton.cudagraphs": False,
             "cpp_wrapper": not on_cuda,
             "cpp.threads": threads_for(graph),
+            "cpp.vec_isa_ok": vectors_work(),
             "cpp.min_chunk_size": SMALLEST_CHUNK,
         }
         with torch.no_grad(), config.patch(settings):
@@ -203,6 +207,18 @@ def _empty_like(value: Value) -> torch.Tensor:
     return torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=spec.device)
 
 
+def vectors_work() -> bool | None:
+    """Whether Inductor may take for granted that C++ with this processor's vector instructions compiles and loads.
+
+    Else it compiles one and the same file for each set of instructions, where its cache is empty: 10 of the 31 s of
+    processor time that the training step of `examples/digits.py` took. PyTorch's own kernels answer the question.
+    None leaves it to Inductor.
+    """
+    from torch._inductor import config
+
+    return True if torch.backends.cpu.get_cpu_capability() in VECTORS else config.cpp.vec_isa_ok
+
+
 def piece_key(text: str) -> str:
     """Name a piece by its text, so that equal pieces compile once."""
     return hashlib.sha256(f"{torch.__version__} {torch.get_num_threads()}\n{text}".encode()).hexdigest()[:24]
@@ -221,9 +237,39 @@ def piece_texts(program: Program) -> dict[str, str]:
 
 def _text(piece: Graph) -> str:
     try:
-        return show(replace(piece, nodes=tuple(replace(node, origin=None) for node in piece.nodes)))
+        return show(_without_names(piece))
     except ValueError as error:
         raise CompileFailed(str(error)) from error
+
+
+def _without_names(piece: Graph) -> Graph:
+    """Return a piece with its values numbered in order and no origins: all that its kernels do not depend on.
+
+    Where a batch turns out to be a feed, and on paths that differ elsewhere, it is the same text and compiled once.
+    """
+    numbered: dict[Value, Value] = {}
+
+    def number(value: Value) -> Value:
+        known = numbered.get(value)
+        if known is None:
+            known = numbered[value] = Value(str(len(numbered)), value.spec)
+        return known
+
+    return replace(
+        piece,
+        inputs=tuple(map(number, piece.inputs)),
+        nodes=tuple(
+            replace(
+                node,
+                arguments=map_values(node.arguments, number),
+                keywords=map_values(node.keywords, number),
+                results=tuple(map(number, node.results)),
+                origin=None,
+            )
+            for node in piece.nodes
+        ),
+        outputs=map_values(piece.outputs, number),
+    )
 
 
 class InductorExecutable:

@@ -4,8 +4,8 @@ A node is one event. Two events are the same node if function, attributes, dataf
 they differ, the graph forks. Each leaf ends a `Path`: one way through a unit, which can be run as a graph.
 
 Tensors from outside are `static` (the same object each time: parameters, buffers) or `feed`s (a batch: any tensor
-of the right spec). Only what was seen twice as the same object, or is a parameter, is static; an object that turns
-out to change becomes a feed, and the paths through it are built again.
+of the right spec). An object that turns out to change becomes a feed, and the paths through it are built again. Where
+one path was fed at a place of the program, so are others from their first unit on, unless they share a static.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ MAX_LAYOUTS = 8
 """Ways in which backwards may reach what units hand out; each is a segment of its own."""
 
 
+Place = tuple[Any, Origin | None, int]
+"""Where a tensor from outside is first used: the function, the line, and which of the call's tensors it is."""
+
+
 @dataclass(eq=False)
 class Path:
     """One way through a unit. `trace` is its latest recording; `program` and `executable` belong to the builder."""
@@ -50,6 +54,8 @@ class Path:
     """Why the path stays eager for good, if it does."""
     units: int = 0
     """How often it ran as a graph."""
+    seconds: float = 0.0
+    """What these units took."""
     volatile: set[Any] = field(default_factory=set[Any])
     """Optimizers seen with other hyper-parameters than those recorded."""
     _makers: list[tuple[PathNode, Made]] = field(default_factory=list["tuple[PathNode, Made]"])
@@ -184,6 +190,8 @@ class TraceGraph:
         self.paths: list[Path] = []
         self.placeholders: Placeholders = {}
         self._leaves = KnownLeaves()
+        self._changing: dict[Place, None] = {}
+        """Where units were seen to be given other objects."""
         self._relaxed: dict[PathNode, None] = {}
         """Nodes whose checks are to be compiled again before the next unit."""
         self.host_sites: frozenset[tuple[Any, Origin | None]] = frozenset()
@@ -287,19 +295,20 @@ class TraceGraph:
     def _grow(self, parent: PathNode, event: Event, trace: Trace) -> PathNode:
         first = parent.first_external + len(parent.roles)
         fresh = sorted({e.index for e in leaves((event.arguments, event.keywords), External) if e.index >= first})
-        roles = [self._role(trace, index) for index in fresh]
+        roles = [self._role(trace, index, _place(event, index)) for index in fresh]
         node = PathNode(event, parent, roles, first)
         parent.children.append(node)
         return node
 
-    def _role(self, trace: Trace, index: int) -> Role:
+    def _role(self, trace: Trace, index: int, place: Place) -> Role:
         tensor = trace.externals[index]
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         # Memory that PyTorch did not allocate may change unseen, so what it holds is copied when it is used.
         is_number = index in trace.fed_numbers
         is_borrowed = tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
+        is_fed = is_borrowed or (place in self._changing and self._may_change(tensor, trace))
         return Role(
-            None if is_number or (is_borrowed and not is_parameter) else tensor,
+            None if is_number or (is_fed and not is_parameter) else tensor,
             TensorSpec.of(tensor),
             tensor.is_leaf,
             tensor.is_inference(),
@@ -308,6 +317,13 @@ class TraceGraph:
             self._written_storages,
             self.placeholders,
         )
+
+    def _may_change(self, tensor: torch.Tensor, trace: Trace) -> bool:
+        """Whether a tensor can be a feed: nothing writes to it or differentiates it, and no path knows it as static."""
+        storage = tensor.untyped_storage()._cdata
+        if tensor.requires_grad or storage in self._written_storages or storage in trace.written_storages():
+            return False
+        return not any(role.tensor is tensor for path in self.paths for node in path.nodes for role in node.roles)
 
     def _is_same(self, node: PathNode, event: Event, trace: Trace) -> bool:
         known = node.event
@@ -337,7 +353,10 @@ class TraceGraph:
 
     def _relax(self, node: PathNode, role: Role) -> None:
         assert role.tensor is not None
+        assert node.event is not None
         role.tensor = None
+        index = node.first_external + next(i for i, one in enumerate(node.roles) if one is role)
+        self._changing[_place(node.event, index)] = None
         for path in self.paths:
             if node in path.nodes:
                 path.stale = True
@@ -403,6 +422,10 @@ class TraceGraph:
         if any(is_random(operation.target) for operation in event.operations):
             self.drawing_sites |= {(event.function, event.origin)}
         return True
+
+
+def _place(event: Event, index: int) -> Place:
+    return event.function, event.origin, _references(event).index(External(index))
 
 
 def _references(event: Event) -> list[Any]:

@@ -7,7 +7,7 @@ than the best so far, eager included; a named backend is obeyed.
 
 from __future__ import annotations
 
-import statistics
+import time
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from twofold.backends.compilation import compiler
+from twofold.backends.compilation import compiler, is_compiling
 from twofold.backends.cuda_graph import CaptureFailed, CudaGraphExecutable
 from twofold.backends.executable import Executable
+from twofold.backends.host import LeavesCore, has_core_to_spare
 from twofold.backends.inductor import CompileFailed, InductorExecutable, piece_texts
 from twofold.backends.replay import ReplayExecutable
 from twofold.capture.intercept import modes_taken_off
@@ -27,6 +28,7 @@ from twofold.graph import MalformedGraphError, inference_mode
 from twofold.options import Options, has_cpp_compiler
 
 from .account import Account
+from .contest import EAGER, MARGIN, Contest, Trial
 from .graph_runner import RandomState
 from .installed import Installed, example_environment
 from .pace import Pace, Work
@@ -34,20 +36,17 @@ from .versions import keep_versions
 
 WARM_UP_UNITS = 2
 """Units of a path on a tier whose times do not count."""
-SAMPLES = 5
-"""Units timed of each side before a tier is judged, by their medians, where units take one path."""
-MIXED_SAMPLES = 20
-"""The same where they take several, and it is not known which an eager unit took: judged by their means."""
-LONG = 3
-"""In these means no unit counts for more than so many times what one in ten exceeds: one collection of all of Python's
-garbage, 130 ms, among 20 units of 1 ms would make them slower than eager ones of 7 ms."""
-MARGIN = 0.97
-"""A tier has to take less than this share of the time of what it replaces: beyond noise."""
 INDUCTOR = frozenset({"inductor", "inductor+cuda_graph"})
 MAX_REBUILDS = 8
 """A path whose graph had to be rebuilt so often depends on something that changes all the time."""
 MAX_COMPILED_NODES = 6_000
 """On 2 cores Inductor takes about 0.1 s a node: beyond this the kernels would come after ten minutes."""
+HOT = 1 / 3
+"""Where compiling takes a core from the program, all paths but the first are compiled once their units have taken this
+share of what it takes to compile one: the demo's script spends a tenth of its time in paths of one unit in 45, for
+which it compiled as long as for all others."""
+QUIET_SECONDS = 0.3
+"""Seconds after a compiler was at work in which nothing is judged."""
 
 
 @dataclass(eq=False)
@@ -60,38 +59,6 @@ class PathState:
     rebuilds: int = 0
     has_ordered: bool = False
     orders: list[Future[Any]] = field(default_factory=list[Future[Any]])
-
-
-@dataclass(eq=False)
-class Contest:
-    """Which tiers pay for the units that begin in one state, whichever path they take then."""
-
-    paths: list[Path] = field(default_factory=list[Path])
-    accepted: list[str] = field(default_factory=list[str])
-    """The last is the best."""
-    rejected: set[str] = field(default_factory=set[str])
-    polled: int = 0
-    """The path last looked at for kernels, besides the likely one."""
-    on_trial: str | None = None
-    samples: list[float] = field(default_factory=list[float])
-    """Seconds of the units that ran on the tier on trial."""
-    references: list[float] = field(default_factory=list[float])
-    """Seconds of those that ran on the best tier accepted, or eagerly. They take turns with the others, so that
-    whatever else the machine does slows both alike."""
-
-    def verdict(self) -> tuple[float, float] | None:
-        """Return the typical times of both sides, once enough are known."""
-        is_mixed = len(self.paths) > 1
-        if min(len(self.samples), len(self.references)) < (MIXED_SAMPLES if is_mixed else SAMPLES):
-            return None
-        typical = _mean_of_mixture if is_mixed else statistics.median
-        return typical(self.samples), typical(self.references)
-
-
-def _mean_of_mixture(seconds: list[float]) -> float:
-    """Return the mean of units of several lengths, none of which counts for more than `LONG` long ones."""
-    bound = LONG * statistics.quantiles(seconds, n=10)[-1]
-    return statistics.mean(min(bound, one) for one in seconds)
 
 
 class Builder:
@@ -107,6 +74,8 @@ class Builder:
         self._contests: dict[Any, Contest] = {}
         self._compiler_missing_said = False
         self._ordered: set[str] = set()
+        self._busy_until = 0.0
+        """When a compiler was last seen at work, by `time.perf_counter`, with the pause behind it."""
 
     # ---- what is asked of it -----------------------------------------------------------------------------
 
@@ -145,17 +114,18 @@ class Builder:
         Of the other paths that begin alike, one is looked at each time.
         """
         contest = self._contest(path)
+        contest.take_rest()
         self._poll(path, contest, accelerator)
-        if len(contest.paths) > 1:
+        if contest.is_mixed:
             contest.polled = (contest.polled + 1) % len(contest.paths)
             self._poll(contest.paths[contest.polled], contest, accelerator)
 
     def _poll(self, path: Path, contest: Contest, accelerator: bool) -> None:
         state = self._states.get(path)
-        if state is None or path.blocked or path.stale or contest.on_trial is not None:
+        if state is None or path.blocked or path.stale or contest.trial is not None:
             return
-        if self._has_to_order(state, contest):
-            with self.pace.taking(Work.ORDER):
+        if self._has_to_order(path, state, contest):
+            with self.pace.taking():
                 self._order(path, state, accelerator)
         if not state.orders or not all(order.done() for order in state.orders):
             return
@@ -164,15 +134,24 @@ class Builder:
         if failure is not None:
             self._say_compile_failed(failure, state)
             return
-        with self.pace.taking(Work.INSTALL), inference_mode(False), modes_taken_off(), torch.no_grad():
+        with self.pace.taking(), inference_mode(False), modes_taken_off(), torch.no_grad():
             inner = InductorExecutable(path.program, compiler().artifact)
             self._install(path, state, inner, accelerator)
 
-    def _has_to_order(self, state: PathState, contest: Contest) -> bool:
-        return not state.has_ordered and self._wants_kernels() and INDUCTOR.isdisjoint(contest.rejected)
+    def _has_to_order(self, path: Path, state: PathState, contest: Contest) -> bool:
+        is_wanted = not state.has_ordered and self._wants_kernels() and INDUCTOR.isdisjoint(contest.rejected)
+        return is_wanted and (path.program.on_accelerator or has_core_to_spare() or self._is_hot(path))
 
-    def _is_owed(self, state: PathState, contest: Contest) -> bool:
-        return bool(state.orders) or self._has_to_order(state, contest)
+    def _is_hot(self, path: Path) -> bool:
+        """Whether the units of a path have taken long enough for its kernels to be worth the processor's time."""
+        compiled = [seconds for key in self._ordered if (seconds := compiler().seconds_of(key))]
+        if not compiled:
+            return not self._ordered
+        return path.seconds >= HOT * sum(compiled) / len(compiled)
+
+    def _is_owed(self, path: Path, state: PathState, contest: Contest) -> bool:
+        can_order = not state.has_ordered and self._wants_kernels() and INDUCTOR.isdisjoint(contest.rejected)
+        return bool(state.orders) or can_order or contest.last_trial is not None
 
     def compile_seconds(self) -> float:
         """Return the time spent compiling for this program."""
@@ -183,48 +162,75 @@ class Builder:
         return [order for state in self._states.values() for order in state.orders]
 
     def _is_compiling(self) -> bool:
-        """Whether kernels of another path are made beside the program, which on few cores is measured with it."""
-        return not all(order.done() for order in self.orders())
+        """Whether kernels are made beside the program, or were a moment ago. On few cores that is measured with it."""
+        now = time.perf_counter()
+        if is_compiling() or not all(order.done() for order in self.orders()):
+            self._busy_until = now + QUIET_SECONDS
+        return now < self._busy_until
 
     # ---- measuring ---------------------------------------------------------------------------------------
 
     def is_timing(self, path: Path | None) -> bool:
         """Whether the next unit's time counts, so that the device must be idle at both ends."""
-        return path is not None and path in self._states and self._contest(path).on_trial is not None
+        return path is not None and path in self._states and self._trial_now(self._contest(path)) is not None
 
     def choose(self, path: Path) -> None:
         """Set what the next unit of a path runs on: the tier on trial or the best accepted, in turns; None: eagerly."""
         state, contest = self._states.get(path), self._contest(path)
         if state is None:
             return
-        if contest.on_trial is None and len(contest.paths) <= 1 and not self._is_owed(state, contest):
+        if contest.trial is None and not contest.is_mixed and not self._is_owed(path, state, contest):
             self.settled.add(path)
         if self.options.backend != "auto":
             return
-        is_sample = len(contest.samples) <= len(contest.references)
-        for other in contest.paths if contest.on_trial else (path,):
-            tiers = self._states[other].tiers
-            if contest.on_trial in tiers and is_sample:
-                other.executable = tiers[contest.on_trial]
-            else:
-                other.executable = next((tiers[t] for t in reversed(contest.accepted) if t in tiers), None)
+        trial = self._trial_now(contest)
+        for other in contest.paths if trial else (path,):
+            other.executable = self._chosen(other, contest, trial)
+
+    def _chosen(self, path: Path, contest: Contest, trial: Trial | None) -> Installed | None:
+        tiers = self._states[path].tiers
+        first = next(iter(tiers.values()), None)
+        best = next((tiers[tier] for tier in reversed(contest.accepted) if tier in tiers), None)
+        if trial is None:
+            is_beside = contest.pays_beside and is_compiling()
+            # Where other paths run as graphs: an eager unit does not show which path it takes, so all would be eager.
+            return best or (first if contest.accepted or is_beside else None)
+        if trial.is_turn_of_tier(path):
+            return tiers.get(trial.tier) or best or first
+        return None if trial.against == EAGER else best or first
+
+    def _trial_now(self, contest: Contest) -> Trial | None:
+        """Return what is measured now: the tier on trial, or a rejected first tier while a compiler works."""
+        if contest.trial is None and contest.beside is not None and is_compiling():
+            return contest.beside
+        return contest.trial
 
     def note_eager(self, path: Path, seconds: float) -> None:
         """Take the time of a unit that ran eagerly and unseen, and began as units of this path do."""
-        contest = self._contest(path)
-        if contest.on_trial is not None and not contest.accepted and not self._is_compiling():
-            contest.references.append(seconds)
-            self._judge(contest)
+        self._note(path, EAGER, seconds)
 
     def note_graph(self, path: Path, seconds: float) -> None:
         """Take the time of a unit that ran as a graph."""
-        contest, state = self._contest(path), self._states[path]
+        state = self._states[path]
         tier = path.executable.executable.backend
         state.units[tier] += 1
-        is_judged = contest.on_trial in state.tiers and state.units[tier] > WARM_UP_UNITS
-        if is_judged and not self._is_compiling():
-            (contest.samples if tier == contest.on_trial else contest.references).append(seconds)
-            self._judge(contest)
+        trial = self._trial_now(self._contest(path))
+        if trial is not None and trial.tier in state.tiers and state.units[tier] > WARM_UP_UNITS:
+            self._note(path, tier, seconds)
+
+    def _note(self, path: Path, tier: str, seconds: float) -> None:
+        contest = self._contest(path)
+        trial = self._trial_now(contest)
+        is_beside = trial is not None and trial is contest.beside
+        if trial is None or tier not in (trial.tier, trial.against) or is_beside is not self._is_compiling():
+            return
+        trial.note(path, tier, seconds)
+        verdict = trial.verdict(contest.is_mixed)
+        if verdict is not None and is_beside:
+            contest.beside, contest.pays_beside = None, verdict[0] < MARGIN * verdict[1]
+            self._say_verdict(trial, verdict, contest.pays_beside, " while kernels are compiled")
+        elif verdict is not None:
+            self._judge(contest, trial, verdict)
 
     def _contest(self, path: Path) -> Contest:
         root = path.nodes[0].parent
@@ -233,29 +239,31 @@ class Builder:
             contest = self._contests[root] = Contest()
         return contest
 
-    def _judge(self, contest: Contest) -> None:
-        """Accept or reject the tier on trial, once there are enough times of both sides."""
-        verdict = contest.verdict()
-        if verdict is None or contest.on_trial is None:
-            return
-        tier, contest.on_trial = contest.on_trial, None
-        best = contest.accepted[-1] if contest.accepted else "eager"
+    def _judge(self, contest: Contest, trial: Trial, verdict: tuple[float, float]) -> None:
+        """Accept or reject the tier on trial. One that was compiled is tried once more later."""
         is_accepted = verdict[0] < MARGIN * verdict[1]
-        times = f"{verdict[0] * 1e3:.3f} ms a unit, {best} {verdict[1] * 1e3:.3f} ms"
-        self.account.decision(f"{'kept' if is_accepted else 'dropped'} {tier}: {times}")
+        if trial.tier in contest.accepted:
+            is_accepted = verdict[0] < verdict[1]
+        is_first = trial.tier not in contest.accepted and trial.tier not in contest.rejected
+        contest.settle(is_accepted)
+        self._say_verdict(trial, verdict, is_accepted)
         if is_accepted:
-            contest.accepted.append(tier)
-            self.account.backend = tier
-        else:
-            contest.rejected.add(tier)
+            self.account.backend = trial.tier
+        if is_first and trial.tier in INDUCTOR:
+            contest.begin_rest(trial.tier)
         for path in contest.paths:
             self._settle(path, contest)
+
+    def _say_verdict(self, trial: Trial, verdict: tuple[float, float], is_accepted: bool, when: str = "") -> None:
+        times = f"{verdict[0] * 1e3:.3f} ms a unit, {trial.against} {verdict[1] * 1e3:.3f} ms"
+        self.account.decision(f"{'kept' if is_accepted else 'dropped'} {trial.tier}{when}: {times}")
 
     def _settle(self, path: Path, contest: Contest) -> None:
         """Block a path on which no tier pays and no other will come."""
         self.choose(path)
         state = self._states[path]
-        if path.executable is None and not state.orders and (state.has_ordered or not self._wants_kernels()):
+        is_over = not state.orders and contest.last_trial is None and contest.trial is None
+        if path.executable is None and is_over and (state.has_ordered or not self._wants_kernels()):
             self._block(path, "not_faster", f"{' and '.join(contest.rejected)} is not faster than eager execution")
 
     # ---- tiers -------------------------------------------------------------------------------------------
@@ -288,6 +296,8 @@ class Builder:
                 return
             executable = captured
         tier = executable.backend
+        if not accelerator and self.options.is_paced and not self._is_exact():
+            executable = LeavesCore(executable, is_compiling)
         installed = state.tiers[tier] = Installed(path.program, executable)
         self.account.segments = max(self.account.segments, len(path.program.segments))
         self.account.decision(f"a path of {path.call_count} calls runs as {tier}")
@@ -301,10 +311,8 @@ class Builder:
         if tier in contest.accepted or tier in contest.rejected:
             self._settle(path, contest)
         else:
-            if contest.on_trial is None:
-                contest.on_trial = tier
-                contest.samples.clear()
-                contest.references.clear()
+            if contest.trial is None:
+                contest.begin_trial(tier)
             path.executable = installed
 
     def _capture(self, program: Program, inner: Executable) -> Executable | None:
@@ -350,6 +358,9 @@ class Builder:
         self._ordered |= texts.keys()
         state.orders = [compiler().order(key, text, background) for key, text in texts.items()]
         self.account.decision(f"compiling {len(texts)} pieces for a path of {path.call_count} calls")
+        contest = self._contest(path)
+        if background and contest.rejected and not contest.accepted and not has_core_to_spare() and state.tiers:
+            contest.beside = Trial(next(iter(state.tiers)), EAGER)
 
     def _say_compile_failed(self, failure: BaseException, state: PathState) -> None:
         code = failure.code if isinstance(failure, CompileFailed) else "compile_failed"

@@ -48,8 +48,6 @@ class Work(Enum):
 
     RECORD = 1.0
     BUILD = 3.0
-    ORDER = 0.5
-    INSTALL = 1.5
     CONVERT = 5.0
 
 
@@ -107,14 +105,15 @@ class Pace:
     # ---- what was taken ----------------------------------------------------------------------------------
 
     @contextmanager
-    def taking(self, work: Work) -> Generator[None]:
-        """Measure work that is done while the program waits."""
+    def taking(self, work: Work | None = None) -> Generator[None]:
+        """Measure work that is done while the program waits. None: work that is never postponed."""
         began = self._clock()
         try:
             yield
         finally:
             seconds = self._clock() - began
-            self._note(work).append(seconds)
+            if work is not None:
+                self._note(work).append(seconds)
             self._account.stall_seconds += seconds
 
     def _note(self, work: Work) -> deque[float]:

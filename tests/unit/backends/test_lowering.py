@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.capture.recording import Linear, recorded_path
+from tests.unit.capture.recording import Linear, merge, recorded_path
 from twofold.backends import inductor
 from twofold.backends.executable import lower_to_fx
 from twofold.backends.inductor import is_left_alone, piece_key, piece_texts, rewrite_for_inductor, split_pieces
 from twofold.backends.replay import ReplayExecutable
+from twofold.capture.trace_graph import TraceGraph
 from twofold.convert.from_traces import Program, build_program
 from twofold.graph import Graph, TensorSpec, Value, interpret, parse, same, show, verify
 
@@ -238,6 +239,17 @@ def test_a_program_built_again_has_the_same_keys():
     keys = [list(piece_texts(program_of(lambda: x.exp() + 1))) for _ in range(2)]
     assert keys[0] == keys[1]
     assert keys[0] != list(piece_texts(program_of(lambda: x.exp() + 2)))
+
+
+def test_a_batch_that_becomes_a_feed_changes_no_key():
+    graph = TraceGraph()
+    scale = torch.ones(3)
+    keys: list[list[str]] = []
+    for given in ([torch.ones(3)], [torch.zeros(3)]):
+        path = merge(graph, lambda given=given: (given[0] * scale).exp())
+        assert path is not None
+        keys.append(list(piece_texts(build_program(path, exact=True))))
+    assert keys[0] == keys[1]
 
 
 def test_long_runs_are_cut(monkeypatch: pytest.MonkeyPatch):

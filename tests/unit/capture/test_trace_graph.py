@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.unit.capture.recording import Linear, event_names, merge, merged, record
-from twofold.capture.trace_graph import MAX_SITE_VARIANTS, TraceGraph
+from twofold.capture.trace_graph import MAX_SITE_VARIANTS, Path, TraceGraph
 
 
 def test_common_prefixes_are_shared():
@@ -109,6 +109,54 @@ def test_another_batch_becomes_a_feed_and_makes_paths_stale():
     assert path.stale
     assert linear.fed == (0,)
     assert [role.tensor is None for role in linear.roles] == [True, False]
+
+
+def placed(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.mul(x, y)
+
+
+def is_fed(path: Path) -> list[bool]:
+    return [role.tensor is None for role in path.nodes[0].roles]
+
+
+def test_what_changes_at_a_place_is_a_feed_on_each_new_path_there():
+    """The last, smaller batch of an epoch is no static either: its first graph holds for the next epoch's."""
+    graph = TraceGraph()
+    scale = torch.ones(())
+    batches = [torch.ones(4), torch.zeros(4), torch.ones(3), torch.zeros(3)]
+    merged(graph, lambda: placed(batches[0], scale))
+    first = merged(graph, lambda: placed(batches[1], scale))
+    assert is_fed(first) == [True, False]
+    small = merged(graph, lambda: placed(batches[2], scale))
+    assert is_fed(small) == [True, False]
+    assert small.seen == 1
+    small.stale = False
+    assert merged(graph, lambda: placed(batches[3], scale)) is small
+    assert not small.stale
+
+
+def test_a_static_elsewhere_is_none_the_less_static_at_a_place_that_changes():
+    graph = TraceGraph()
+    scale, known = torch.ones(()), torch.ones(3)
+    merged(graph, lambda: known.exp())
+    for batch in (torch.ones(4), torch.zeros(4)):
+        merged(graph, lambda batch=batch: placed(batch, scale))
+    assert is_fed(merged(graph, lambda: placed(known, scale))) == [False, False]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_what_the_unit_writes_to_or_differentiates_is_static_at_a_place_that_changes(requires_grad: bool):
+    """As a feed it would be refused."""
+    graph = TraceGraph()
+    scale, state = torch.ones(()), torch.ones(3, requires_grad=requires_grad)
+    for batch in (torch.ones(4), torch.zeros(4)):
+        merged(graph, lambda batch=batch: placed(batch, scale))
+
+    def program() -> torch.Tensor:
+        result = placed(state, scale)
+        return result if requires_grad else state.add_(result)
+
+    assert is_fed(merged(graph, program)) == [False, False]
 
 
 def test_another_shape_forks_and_another_parameter_too():

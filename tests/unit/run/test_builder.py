@@ -12,7 +12,8 @@ from twofold.capture.trace_graph import Path, TraceGraph
 from twofold.options import Options
 from twofold.run import builder as builder_module
 from twofold.run.account import Account
-from twofold.run.builder import MAX_REBUILDS, MIXED_SAMPLES, SAMPLES, WARM_UP_UNITS, Builder
+from twofold.run.builder import MAX_REBUILDS, WARM_UP_UNITS, Builder
+from twofold.run.contest import LAST_TRIAL_AFTER, MIXED_SAMPLES, MOST_SAMPLES, SAMPLES
 from twofold.run.pace import Pace
 
 
@@ -207,6 +208,9 @@ def test_a_path_is_settled_when_nothing_is_due(orders: Orders):
     builder.choose(path)
     assert not builder.settled, "a tier is on trial"
     try_out(builder, path, 0.0005, 0.001)
+    assert not builder.settled, "it is tried once more"
+    rest(builder, path)
+    try_out(builder, path, 0.0005, 0.001)
     assert builder.settled == {path}
     builder.prepare(make_path(), accelerator=False)
     assert not builder.settled, "there is another path"
@@ -222,7 +226,179 @@ def test_a_slow_replay_leaves_the_path_open_for_kernels(orders: Orders):
     builder.poll(path, accelerator=False)
     assert backend(path) == "inductor"
     try_out(builder, path, 0.003, 0.002)
+    assert path.blocked is None
+    rest(builder, path)
+    try_out(builder, path, 0.003, 0.002)
     assert path.blocked == "not_faster"
+
+
+def rest(builder: Builder, path: Path) -> None:
+    """Let units pass until the compiled tier is tried once more."""
+    for _ in range(LAST_TRIAL_AFTER):
+        assert not builder.is_timing(path)
+        builder.poll(path, accelerator=False)
+        builder.choose(path)
+    assert builder.is_timing(path)
+
+
+def on_kernels(builder: Builder, orders: Orders, seconds: float) -> Path:
+    """Have kernels judged whose units take so long, against 1 ms of replay and 2 of eager execution."""
+    path = on_replay(builder)
+    builder.poll(path, accelerator=False)
+    orders.future.set_result(None)
+    builder.poll(path, accelerator=False)
+    try_out(builder, path, seconds, 0.001)
+    return path
+
+
+@pytest.mark.parametrize(("later", "expected"), [(0.0005, "inductor"), (0.0015, "replay")])
+def test_kernels_that_were_dropped_are_tried_once_more(orders: Orders, later: float, expected: str):
+    """They were judged as soon as they came, when much else may have been going on."""
+    builder = make_builder(numerics="fused")
+    path = on_kernels(builder, orders, 0.0015)
+    assert backend(path) == "replay"
+    rest(builder, path)
+    assert set(try_out(builder, path, later, 0.001)) == {"inductor", "replay"}
+    assert backend(path) == expected
+    assert builder.account.backend == expected
+    assert builder.settled == {path}
+
+
+@pytest.mark.parametrize(("later", "expected"), [(0.0005, "inductor"), (0.0025, "replay")])
+def test_kernels_that_were_kept_are_compared_with_eager_execution_later(orders: Orders, later: float, expected: str):
+    builder = make_builder(numerics="fused")
+    path = on_kernels(builder, orders, 0.0005)
+    assert backend(path) == "inductor"
+    rest(builder, path)
+    assert set(try_out(builder, path, later, 0.002)) == {"inductor", "eager"}
+    assert backend(path) == expected
+    assert builder.settled == {path}
+
+
+def compiles(monkeypatch: pytest.MonkeyPatch, is_compiling: bool) -> None:
+    monkeypatch.setattr(builder_module, "is_compiling", lambda: is_compiling)
+
+
+def test_nothing_is_judged_just_after_a_compiler_was_at_work(orders: Orders, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(builder_module, "QUIET_SECONDS", 1e9)
+    builder = make_builder(numerics="fused")
+    path = on_replay(builder)
+    builder.poll(path, accelerator=False)
+    orders.future.set_result(None)
+    builder.poll(path, accelerator=False)
+    compiles(monkeypatch, True)
+    for _ in range(WARM_UP_UNITS + 1):
+        builder.choose(path)
+        builder.note_graph(path, 100.0)
+    compiles(monkeypatch, False)
+    for _ in range(4 * MOST_SAMPLES):
+        builder.choose(path)
+        builder.note_graph(path, 100.0)
+    assert builder.is_timing(path)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.003, "replay"), (0.007, None)])
+def test_a_dropped_replay_may_pay_while_kernels_are_compiled(
+    orders: Orders, monkeypatch: pytest.MonkeyPatch, seconds: float, expected: str | None
+):
+    """On one thread it leaves the compiler a core; eager execution, on all threads, takes 6 ms then."""
+    monkeypatch.setattr(builder_module, "has_core_to_spare", lambda: False)
+    builder, path = make_builder(numerics="fused"), make_path()
+    builder.prepare(path, accelerator=False)
+    try_out(builder, path, 0.003, 0.002)
+    assert backend(path) is None
+    builder.poll(path, accelerator=False)
+    assert not builder.is_timing(path), "the compiler has not begun"
+    compiles(monkeypatch, True)
+    builder.choose(path)
+    for _ in range(4 * SAMPLES):
+        builder.choose(path)
+        if backend(path) is None:
+            builder.note_eager(path, 0.006)
+        else:
+            builder.note_graph(path, seconds)
+    assert not builder.is_timing(path)
+    assert backend(path) == expected
+    compiles(monkeypatch, False)
+    orders.future.set_result(None)
+    builder.choose(path)
+    assert backend(path) is None
+
+
+def test_where_a_core_is_to_spare_all_paths_are_compiled(orders: Orders, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(builder_module, "has_core_to_spare", lambda: True)
+    assert ordered_paths(make_builder(numerics="fused"), [0.0, 0.0]) == [True, True]
+
+
+@pytest.mark.parametrize(("seconds", "is_ordered"), [(0.1, False), (1.0, True)])
+def test_else_all_but_the_first_path_have_to_take_long(
+    orders: Orders, monkeypatch: pytest.MonkeyPatch, seconds: float, is_ordered: bool
+):
+    """The kernels of the first took 1.5 s to compile."""
+    monkeypatch.setattr(builder_module, "has_core_to_spare", lambda: False)
+    orders.future.set_result(None)
+    assert ordered_paths(make_builder(numerics="fused"), [0.0, seconds]) == [True, is_ordered]
+
+
+def ordered_paths(builder: Builder, seconds: list[float]) -> list[bool]:
+    """Poll for paths whose units took so long; return which were ordered."""
+    paths = two_paths(builder)
+    for path, taken in zip(paths, seconds, strict=True):
+        path.seconds = taken
+        builder._contest(path).trial = None
+        builder._contest(path).paths = [path]
+        builder.poll(path, accelerator=False)
+    return [builder._states[path].has_ordered for path in paths]
+
+
+def on_kernels_of_one_path(builder: Builder, orders: Orders) -> list[Path]:
+    """Two paths that begin alike and run as replay. Kernels of the first alone have come and are on trial."""
+    paths = two_paths(builder)
+    contest = builder._contest(paths[0])
+    contest.trial = None
+    contest.accepted = ["replay"]
+    orders.future.set_result(None)
+    builder._order(paths[0], builder._states[paths[0]], accelerator=False)
+    builder._states[paths[1]].has_ordered = True
+    builder.poll(paths[0], accelerator=False)
+    assert [backend(path) for path in paths] == ["inductor", "replay"]
+    return paths
+
+
+@pytest.mark.parametrize(("inductor", "expected"), [(0.0008, "inductor"), (0.0012, "replay")])
+def test_tiers_are_compared_path_by_path(orders: Orders, inductor: float, expected: str):
+    """Every ninth unit takes the other path and 50 ms, most often when it is the turn of the kernels."""
+    builder = make_builder(numerics="fused")
+    paths = on_kernels_of_one_path(builder, orders)
+    for index in range(200):
+        path = paths[1] if index % 9 == 0 else paths[0]
+        builder.choose(paths[0])
+        if not builder.is_timing(paths[0]):
+            break
+        times = {"inductor": inductor, "replay": 0.001} if path is paths[0] else {"replay": 0.050}
+        builder.note_graph(path, times[backend(path) or "eager"])
+    assert backend(paths[0]) == expected
+    assert backend(paths[1]) == "replay"
+
+
+def test_a_path_without_the_tier_that_pays_is_followed_all_the_same(orders: Orders):
+    """An eager unit does not show its path, so once it is the likely one, all units would be eager."""
+    builder = make_builder(numerics="fused")
+    paths = on_kernels_of_one_path(builder, orders)
+    contest = builder._contest(paths[0])
+    contest.trial = None
+    contest.accepted = ["inductor"]
+    for path in paths:
+        builder.choose(path)
+    assert [backend(path) for path in paths] == ["inductor", "replay"]
+    contest.begin_trial("inductor")
+    turns: list[tuple[str | None, ...]] = []
+    for _ in range(2):
+        builder.choose(paths[1])
+        turns.append(tuple(map(backend, paths)))
+        builder.note_graph(paths[0], 0.001) if backend(paths[0]) else builder.note_eager(paths[1], 0.002)
+        builder._states[paths[0]].units["inductor"] = WARM_UP_UNITS
+    assert ("inductor", "replay") in turns
 
 
 def test_a_path_built_again_and_again_is_given_up():

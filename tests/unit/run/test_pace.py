@@ -78,7 +78,7 @@ def test_at_every_moment_what_was_taken_is_a_share_of_eager_time(unit: float, re
         program.run_until(Work.RECORD)
         program.record(seconds)
         assert program.share <= SHARE + ROUNDING
-    for work in (Work.BUILD, Work.CONVERT, Work.ORDER, Work.INSTALL):
+    for work in (Work.BUILD, Work.CONVERT):
         program.run_until(work)
         program.do(work, work.value * seconds)
         assert program.share <= SHARE + ROUNDING
