@@ -1,7 +1,7 @@
 """Bodies of loops that Python unrolled, found again: runs of nodes that repeat, of which one is compiled for all.
 
 What a compiler takes for a graph grows with its nodes: the two pieces of an LSTM of 35 steps took 155 s of a
-processor's time, one step of each of its loops takes three. A unit's graph does not say where a loop was. It is found as
+processor's time, one step of each of its loops takes three. A graph does not say where a loop was: it is found as
 a sequence of operations that comes again at one distance, whatever its operands are; what they are, for all repetitions
 together, says what a body is given.
 """
