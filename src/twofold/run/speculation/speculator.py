@@ -38,6 +38,8 @@ class Speculator:
         self._is_strict = options.strict
         self._refusals = 0
         self._retry_at = 0
+        self._pause_until = 0
+        """The iteration from which calls are tried again: ways come in runs, and this one has no graph yet."""
         self._lacks_graph = False
         """Whether all that the last refusal missed was a graph to go by."""
         self._paths = 0
@@ -68,15 +70,22 @@ class Speculator:
         call raise.
         """
         self._look_for_paths()
+        if self._account.iterations < self._pause_until:
+            return MISSED, None
         had_graphs = self.cache.has_graphs(root)
         result, path = self.cache.call(root, arguments, keywords)
-        if result is not MISSED or self.cache.was_undone:
+        if result is not MISSED:
             return result, path
-        if self._may_convert(root):
+        if self.cache.fetched:
+            self._pause_until = self._account.iterations + FIRST_RETRY
+        if self._may_convert(root) and not self.cache.has_raised:
             if not self._pace.fits(Work.CONVERT):
                 return result, path
             if self._convert(function, arguments, keywords, signature, root):
+                self._pause_until = 0
                 return self.cache.call(root, arguments, keywords)
+            if self.cache.fetched:
+                self._pause_until = self._retry_at
         if had_graphs:
             self.cache.note_failed()
         return result, path
@@ -106,7 +115,7 @@ class Speculator:
         try:
             with self._pace.taking(Work.CONVERT):
                 relaxed = frozenset(self.cache.relaxed)
-                made = speculate(function, arguments, keywords, self._graph, signature, relaxed)
+                made = speculate(function, arguments, keywords, self._graph, signature, relaxed, self.cache.fetched)
                 self.cache.add(root, made)
         except Refused as refused:
             self._refuse(refused.refusal)
