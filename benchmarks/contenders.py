@@ -41,10 +41,10 @@ LOWEST_BACKEND = {"cpu": "replay", "cuda": "cuda_graph"}
 
 @dataclass
 class Contender:
-    """`run(i)` is step number i; `prepare` returns when no better code for it is under way."""
+    """`run(i)` is step number i; `prepare(seconds)` waits until no better code is under way, and says whether so."""
 
     run: Callable[[int], Any]
-    prepare: Callable[[], None] = lambda: None
+    prepare: Callable[[float], bool] = lambda _: True
     report: Callable[[], dict[str, Any] | None] = lambda: None
     """Twofold's own report, as a dict; nobody else has one."""
 
@@ -106,8 +106,8 @@ def _twofold(program: Program, **options: str) -> Contender:
 
     step = twofold.function(program.step, **options)
 
-    def prepare() -> None:
-        twofold.wait_for_compilation(step, timeout=COMPILE_SECONDS)
+    def prepare(seconds: float) -> bool:
+        return twofold.wait_for_compilation(step, timeout=seconds)
 
     def report() -> dict[str, Any]:
         return twofold.report(step).to_dict()
