@@ -23,6 +23,8 @@ SEED = 0
 # Programs whose whole step, data aside, is one fixed sequence of kernels with no host work between.
 CAPTURABLE = ("mlp", "lenet", "resnet18", "lstm_loop", "bert", "gpt")
 CAPTURE_WARM_UP = 3
+COMPILED = ("compile", "compile_reduce_overhead")
+"""The contenders of torch.compile. On a CPU both modes are one: what the second adds are CUDA graphs."""
 
 COMPILE_SECONDS = 90.0
 """How long Twofold's background compiler is waited for; what is not there by then is measured without."""
@@ -51,10 +53,15 @@ class Contender:
 
 def contender_names(program: str, device: torch.device) -> list[str]:
     """Return the contenders that make sense for this program on this device, eager first."""
-    names = ["eager", "compile", "compile_reduce_overhead", "twofold_exact", "twofold_fused"]
+    names = ["eager", *compiled_names(device), "twofold_exact", "twofold_fused"]
     if device.type == "cuda" and program in CAPTURABLE:
         names.append("cuda_graph_by_hand")
     return names
+
+
+def compiled_names(device: torch.device) -> tuple[str, ...]:
+    """Return the contenders of torch.compile that differ on this device."""
+    return COMPILED if device.type == "cuda" else COMPILED[:1]
 
 
 def make_contender(contender: str, program: str, size: Size, device: torch.device) -> Contender:

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import ABLATION, CAPTURABLE
+import torch
+
+from benchmarks.contenders import ABLATION, CAPTURABLE, COMPILED, compiled_names
 from benchmarks.environment import describe_environment, describe_options
 from benchmarks.programs import JANUS_NAMES
 from benchmarks.steps import NOT_SETTLED, Result, check_programs, keep, measure_in_child
 
-COMPILED = ("compile", "compile_reduce_overhead")
 ENGINES = ("twofold_coexecution", "twofold_speculation")
 BY_HAND = "cuda_graph_by_hand"
 SLOWER = 0.97
@@ -69,7 +70,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def contenders_of(program: str, device: str) -> list[str]:
     """Return all contenders, the graph captured by hand where a step is one fixed sequence of kernels."""
     by_hand = [BY_HAND] if device == "cuda" and program in CAPTURABLE else []
-    return ["eager", *COMPILED, *ENGINES, *by_hand]
+    return ["eager", *ENGINES, *compiled_names(torch.device(device)), *by_hand]
 
 
 def summarise(programs: dict[str, dict[str, Result]]) -> dict[str, dict[str, float]]:

@@ -17,14 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.bounds import Budget, OutOfTime, cut_after
-from benchmarks.contenders import COMPILE_SECONDS, Contender, contender_names, make_contender, seed_everything
+from benchmarks.bounds import Budget, run_within
+from benchmarks.contenders import COMPILE_SECONDS, COMPILED, Contender, contender_names, make_contender, seed_everything
 from benchmarks.environment import describe_environment, describe_options, synchronize
 from benchmarks.host_time import HOST_CALLS, host_microseconds
 from benchmarks.programs import NAMES, PROGRAMS
@@ -50,6 +49,9 @@ Result = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
+    if options.rehearse:
+        _start(options.rehearse, options.programs[0], options, torch.device(options.device))
+        return
     if options.child:
         path = Path(options.json)
         measure_program(options.programs[0], options, lambda results: keep(path, results))
@@ -72,6 +74,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", help="measure these alone; eager always runs")
     parser.add_argument("--json", help="write machine, versions, options and all rounds to this file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--rehearse", metavar="CONTENDER", help=argparse.SUPPRESS)
     parser.add_argument("programs", nargs="*", metavar="program", help="default: all")
     options = parser.parse_args(arguments)
     check_programs(parser, options.programs)
@@ -130,21 +133,19 @@ def measure_program(
     steps = 0
     names = options.contenders or contender_names(name, device)
     names = ["eager", *(other for other in names if other != "eager")]
-    with suppress(OutOfTime), cut_after(budget.share(len(names) + 1)):
-        _warm_up_process(name, options, device)
+    _warm_up_process(name, options, device)
     for index, contender_name in enumerate(names):
         share = budget.share(len(names) - index)
         began = time.perf_counter()
         result = results[contender_name] = {"rounds_ms": []}
         try:
-            with cut_after(share):
-                contender, result["first_ten_seconds"] = _start(contender_name, name, options, device)
-                if not steps:
-                    steps = _steps_a_round(contender, budget, len(names) * (SETTLE_ROUNDS + options.rounds))
-                result["settled"] = _settle(contender, steps, None if share is None else began + share)
+            if share is not None and contender_name in COMPILED:
+                _rehearse(contender_name, name, options, share)
+            contender, result["first_ten_seconds"] = _start(contender_name, name, options, device)
+            if not steps:
+                steps = _steps_a_round(contender, budget, len(names) * (SETTLE_ROUNDS + options.rounds))
+            result["settled"] = _settle(contender, steps, None if share is None else began + share)
             contenders[contender_name] = contender
-        except OutOfTime:
-            result["error"] = f"not ready after {time.perf_counter() - began:.0f} s"
         except Exception as error:  # noqa: BLE001 whatever a contender raises is its row
             result["error"] = f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
         print(f"{name}: {_progress(contender_name, result, time.perf_counter() - began)}", file=sys.stderr, flush=True)
@@ -174,18 +175,28 @@ def _progress(contender: str, result: Result, seconds: float) -> str:
     return f"{contender} {outcome}, {seconds:.1f} s"
 
 
+def _rehearse(contender: str, program: str, options: argparse.Namespace, seconds: float) -> None:
+    """Set a compiled contender up in a process of its own; raise `TimeoutError` if it is not ready in time.
+
+    A compiler that is cut in this process would leave it in some state: anomaly detection on, workers at work. What it
+    has compiled in time comes from its cache when the contender is set up here.
+    """
+    command = [sys.executable, "-m", "benchmarks.steps", program, "--child", "--rehearse", contender]
+    command += ["--device", options.device, "--size", options.size]
+    if run_within(command, seconds) is None:
+        raise TimeoutError(f"not ready after {seconds:.0f} s")
+
+
 def _settle(contender: Contender, steps: int, until: float | None) -> bool:
     """Run rounds that do not count; return whether these were enough, and all kernels there.
 
-    Waiting for a compiler is no part of their time. `until`: when the contender is cut; it is measured as it is before.
+    Waiting for a compiler is no part of their time. `until`: when the contender is measured as it is.
     """
-    began = time.perf_counter()
-    patience = None if until is None else Budget.FOR_SETTLING * (until - began)
     seconds, number = 0.0, 0
     has_engine = contender.report() is not None
     is_ready = True
     while number < SETTLE_ROUNDS or (has_engine and seconds < SETTLE_SECONDS):
-        left = None if patience is None else patience - (time.perf_counter() - began)
+        left = None if until is None else until - time.perf_counter()
         if left is not None and left <= 0:
             return False
         if number:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_results_hold_every_contender(
     monkeypatch.setattr(steps, "SETTLE_ROUNDS", 1)
     monkeypatch.setattr(steps, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(speculation, "measure_in_child", steps.measure_program)
-    monkeypatch.setattr(speculation, "COMPILED", ())
+    monkeypatch.setattr(speculation, "compiled_names", lambda _: ())
     path = tmp_path / "results.json"
     speculation.main(["adversarial", "--size", "small", "--rounds", "2", "--json", str(path)])
     results = json.loads(path.read_text())["programs"]["adversarial"]
@@ -79,28 +80,31 @@ def test_results_hold_every_contender(
 def test_what_is_not_ready_within_its_bound_is_left_out_and_what_has_not_settled_is_marked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def sleep_long(_: Any) -> None:
-        time.sleep(60)
+    """A compiler is ended with its processes: cut in this one, it would leave anomaly detection on."""
 
     def make(contender: str, *_: Any) -> Contender:
-        if contender == "slow":
-            return Contender(sleep_long)
         return Contender(lambda _: None, prepare=lambda _: contender != "compiling")
 
+    real_command = steps.run_within
+    monkeypatch.setattr(
+        steps,
+        "run_within",
+        lambda _, seconds: real_command([sys.executable, "-c", "import time; time.sleep(60)"], seconds),
+    )
     monkeypatch.setattr(steps, "ROUND_STEPS", (1, 1))
     monkeypatch.setattr(steps, "make_contender", make)
     options = SimpleNamespace(
-        device="cpu", size="small", rounds=2, seconds=4.0, contenders=["eager", "slow", "compiling"]
+        device="cpu", size="small", rounds=2, seconds=4.0, contenders=["eager", "compile", "compiling"]
     )
     kept: list[list[str]] = []
     began = time.perf_counter()
     results = steps.measure_program("mlp", options, lambda results: kept.append(list(results)))
     assert time.perf_counter() - began < 30
-    assert results["slow"]["error"].startswith("not ready after")
+    assert results["compile"]["error"].startswith("TimeoutError: not ready after")
     assert (results["eager"]["settled"], results["compiling"]["settled"]) == (True, False)
     table = steps.format_table("mlp", results)
     assert [line.split()[0] for line in table.splitlines() if line.endswith("not settled")] == ["compiling"]
-    assert kept[:3] == [["eager"], ["eager", "slow"], ["eager", "slow", "compiling"]]
+    assert kept[:3] == [["eager"], ["eager", "compile"], ["eager", "compile", "compiling"]]
 
 
 def test_results_of_a_process_that_is_ended_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
