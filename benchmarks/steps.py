@@ -31,8 +31,11 @@ from benchmarks.programs import NAMES, PROGRAMS
 FIRST_STEPS = 10
 SETTLE_ROUNDS = 3
 SETTLE_SECONDS = 3.0
+SETTLE_MOST = 15.0
 """Twofold makes its graphs in a third of a program's time at most: those of one path come after a second or two, those
-of many paths after this."""
+of many paths later. It has settled when these seconds are over and a round ran in graphs, or in so many at most."""
+SETTLED_SHARE = 0.95
+"""The units of such a round that did."""
 FEWEST_ROUNDS = 3
 """Rounds that are made even where the bound of a program is passed."""
 TIMEOUT_OF_BOUNDED = 2.0
@@ -193,9 +196,9 @@ def _settle(contender: Contender, steps: int, until: float | None) -> bool:
     Waiting for a compiler is no part of their time. `until`: when the contender is measured as it is.
     """
     seconds, number = 0.0, 0
-    has_engine = contender.report() is not None
-    is_ready = True
-    while number < SETTLE_ROUNDS or (has_engine and seconds < SETTLE_SECONDS):
+    report = contender.report()
+    is_ready = in_graphs = report is None
+    while number < SETTLE_ROUNDS or (report and seconds < (SETTLE_SECONDS if in_graphs else SETTLE_MOST)):
         left = None if until is None else until - time.perf_counter()
         if left is not None and left <= 0:
             return False
@@ -203,7 +206,17 @@ def _settle(contender: Contender, steps: int, until: float | None) -> bool:
             is_ready = contender.prepare(COMPILE_SECONDS if left is None else min(left, COMPILE_SECONDS))
         seconds += _time_round(contender, number % SETTLE_ROUNDS, steps) * steps / 1e3
         number += 1
+        before, report = report, contender.report()
+        in_graphs = _share_in_graphs(before, report) >= SETTLED_SHARE
     return is_ready
+
+
+def _share_in_graphs(before: Result | None, after: Result | None) -> float:
+    """Return which share of the units between two reports ran as graphs."""
+    if before is None or after is None:
+        return 1.0
+    units = after["iterations"] - before["iterations"]
+    return (after["graph_iterations"] - before["graph_iterations"]) / max(1, units)
 
 
 def _warm_up_process(name: str, options: argparse.Namespace, device: torch.device) -> None:

@@ -65,6 +65,7 @@ def test_results_hold_every_contender(
     monkeypatch.setattr(steps, "ROUND_STEPS", (1, 1))
     monkeypatch.setattr(steps, "SETTLE_ROUNDS", 1)
     monkeypatch.setattr(steps, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(steps, "SETTLE_MOST", 0.0)
     monkeypatch.setattr(speculation, "measure_in_child", steps.measure_program)
     monkeypatch.setattr(speculation, "compiled_names", lambda _: ())
     path = tmp_path / "results.json"
