@@ -1,6 +1,7 @@
 """Calls that run without their Python: each kind of assumption is broken, and nobody can tell from eager."""
 
 import gc
+import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -235,6 +236,32 @@ def test_branch_on_a_tensor_that_goes_another_way_in_most_calls_is_given_up() ->
     report = decided_by_a_tensor(90, lambda number: number % 3 == 0)
     assert "assumption_failed" in {entry["code"] for entry in report["fallbacks"]}
     assert report["engine"] == "coexecution"
+
+
+def test_a_rare_way_that_is_not_converted_leaves_the_common_one_speculated() -> None:
+    """What it does is refused, each time that it comes; so often in a row, a function was given up as a whole."""
+
+    def make(parts: Parts) -> Step:
+        parts.seen["states"] = 0
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            loss = parts.loss(x, y)
+            if parts.model[2].bias.mean().item() > 20:
+                parts.seen["states"] += len(random.getstate())
+            loss.backward()
+            parts.optimizer.step()
+            return loss.detach()
+
+        return step
+
+    def between(number: int, parts: Parts) -> None:
+        parts.model[2].bias.data.fill_(40.0 if number % 25 == 20 else 0.0)
+
+    report = same(training(make, between=between), 160, engine="speculation")
+    assert {refusal["code"] for refusal in report["refusals"]} >= {"foreign_function"}
+    assert report["engine"] == "speculation"
+    assert report["speculated_iterations"] >= 120, {**summary(report), "refusals": report["refusals"]}
 
 
 def test_a_value_that_is_other_each_time_is_given_up_or_read() -> None:

@@ -76,6 +76,8 @@ class GraphCache:
         """Locations that are read anew in each call."""
         self.stopped = ""
         """Why the function is not speculated on any more, if it is not."""
+        self.undone: Assumption | None = None
+        """What the last call was found to be otherwise in, the latest thing, after tensor work had begun."""
         self.has_raised = False
         """Whether the last call raised something after tensor work had begun: only Python may run it now."""
         self.fetched: dict[PathNode, Any] = {}
@@ -100,12 +102,11 @@ class GraphCache:
         Raises what an effect raises, and lets KeyboardInterrupt and its like through, undone.
         """
         graphs = self._graphs.get(root)
-        self.fetched, self.has_raised = {}, False
+        self.fetched, self.has_raised, self.undone = {}, False, None
         if not graphs:
             return MISSED, None
         self._calls += 1
         failed: list[tuple[int, ...]] = []
-        undone: Assumption | None = None
         for place, graph in enumerate(tuple(graphs)):
             if any(map(graph.shares, failed)) or not graph.work.path.can_begin():
                 continue
@@ -117,8 +118,8 @@ class GraphCache:
                 if place:
                     graphs.remove(graph)
                     graphs.insert(0, graph)
-                if undone is not None:
-                    self._note_retried(undone)
+                if self.undone is not None:
+                    self._note_retried(self.undone)
                 return result, graph.work.path
             was_found_out_late = self._learn(graph, unit)
             if unit.failed_at is None:
@@ -128,10 +129,8 @@ class GraphCache:
                 continue
             failed.append(graph.names[: unit.failed_at + 1])
             if was_found_out_late:
-                undone = graph.speculation.assumptions[unit.failed_at]
+                self.undone = graph.speculation.assumptions[unit.failed_at]
                 self.fetched |= unit.fetched()
-        if undone is not None:
-            self._note_given_back(undone)
         self._account.misses += 1
         return MISSED, None
 
@@ -152,11 +151,6 @@ class GraphCache:
         if self._calls >= RECENT and self._retried > MAX_RETRIED * self._calls:
             self.stop(f"{undone} and its like failed in {self._retried} of {self._calls} calls: {_LATE}")
 
-    def _note_given_back(self, undone: Assumption) -> None:
-        self._given_back += 1
-        if self._given_back >= MAX_UNDONE and self._given_back * 10 > self._calls:
-            self.stop(f"{undone} and its like failed in {self._given_back} of {self._calls} calls: {_LATE}")
-
     def _relax(self, failed: Assumption) -> None:
         if failed.kind in RELAXED and failed.location not in self.relaxed:
             self.relaxed.add(failed.location)
@@ -174,6 +168,10 @@ class GraphCache:
         self._recent.append(True)
         if len(self._recent) == RECENT and sum(self._recent) > MAX_FAILED:
             self.stop(f"{sum(self._recent)} of the last {RECENT} calls were other than any graph assumed")
+        elif self.undone is not None:
+            self._given_back += 1
+            if self._given_back >= MAX_UNDONE and self._given_back * 10 > self._calls:
+                self.stop(f"{self.undone} and its like failed in {self._given_back} of {self._calls} calls: {_LATE}")
 
     def forgive(self) -> None:
         """Forget the calls that failed."""
