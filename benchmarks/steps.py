@@ -11,6 +11,7 @@ about so long at most: a contender that is not ready by then is measured as it i
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -143,7 +144,7 @@ def measure_program(
         result = results[contender_name] = {"rounds_ms": []}
         try:
             if share is not None and contender_name in COMPILED:
-                _rehearse(contender_name, name, options, share)
+                _rehearse(contender_name, name, options, share, Path(options.json).parent)
             contender, result["first_ten_seconds"] = _start(contender_name, name, options, device)
             if not steps:
                 steps = _steps_a_round(contender, budget, len(names) * (SETTLE_ROUNDS + options.rounds))
@@ -178,12 +179,14 @@ def _progress(contender: str, result: Result, seconds: float) -> str:
     return f"{contender} {outcome}, {seconds:.1f} s"
 
 
-def _rehearse(contender: str, program: str, options: argparse.Namespace, seconds: float) -> None:
+def _rehearse(contender: str, program: str, options: argparse.Namespace, seconds: float, folder: Path) -> None:
     """Set a compiled contender up in a process of its own; raise `TimeoutError` if it is not ready in time.
 
     A compiler that is cut in this process would leave it in some state: anomaly detection on, workers at work. What it
-    has compiled in time comes from its cache when the contender is set up here.
+    has compiled in time comes from its cache when the contender is set up here. The cache is the contender's own, since
+    one that is cut leaves parts of files there.
     """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / contender)
     command = [sys.executable, "-m", "benchmarks.steps", program, "--child", "--rehearse", contender]
     command += ["--device", options.device, "--size", options.size]
     if run_within(command, seconds) is None:

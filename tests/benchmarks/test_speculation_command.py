@@ -79,7 +79,7 @@ def test_results_hold_every_contender(
 
 
 def test_what_is_not_ready_within_its_bound_is_left_out_and_what_has_not_settled_is_marked(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A compiler is ended with its processes: cut in this one, it would leave anomaly detection on."""
 
@@ -92,10 +92,16 @@ def test_what_is_not_ready_within_its_bound_is_left_out_and_what_has_not_settled
         "run_within",
         lambda _, seconds: real_command([sys.executable, "-c", "import time; time.sleep(60)"], seconds),
     )
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
     monkeypatch.setattr(steps, "ROUND_STEPS", (1, 1))
     monkeypatch.setattr(steps, "make_contender", make)
     options = SimpleNamespace(
-        device="cpu", size="small", rounds=2, seconds=4.0, contenders=["eager", "compile", "compiling"]
+        device="cpu",
+        size="small",
+        rounds=2,
+        seconds=4.0,
+        json=tmp_path / "results.json",
+        contenders=["eager", "compile", "compiling"],
     )
     kept: list[list[str]] = []
     began = time.perf_counter()
