@@ -13,7 +13,9 @@ from benchmarks.environment import synchronize
 HOST_CALLS = 50
 
 
-def host_microseconds(run: Callable[[int], Any], device: torch.device, is_twofold: bool) -> float | None:
+def host_microseconds(
+    run: Callable[[int], Any], device: torch.device, is_twofold: bool, calls: int = HOST_CALLS
+) -> float | None:
     """Return the median over calls.
 
     On CUDA: until the call returns, the device idle before it. On a CPU the kernels run within the call: there it is
@@ -22,12 +24,12 @@ def host_microseconds(run: Callable[[int], Any], device: torch.device, is_twofol
     caches cold too: the same call costs less the less its kernels touch.
     """
     if device.type == "cuda":
-        return statistics.median(_until_return(run, index, time.perf_counter) for index in range(HOST_CALLS))
+        return statistics.median(_until_return(run, index, time.perf_counter) for index in range(calls))
     if not is_twofold:
         return None
     with _time_of_launches() as launches:
         times: list[float] = []
-        for index in range(HOST_CALLS):
+        for index in range(calls):
             launches.clear()
             whole = _until_return(run, index, time.thread_time)
             times.append(whole - sum(launches))

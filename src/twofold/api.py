@@ -88,11 +88,7 @@ class Function(Generic[P, R]):
             return result
         mode = driver.start()
         if mode is Mode.IDLE:
-            assert driver.recursion is not None
-            with driver.recursion.unit():
-                result = self._wrapped(*arguments, **keywords)
-            driver.end()
-            return result
+            return self._run_idle(*arguments, **keywords)
         driver.between_units = self._after_step
         driver.interception.start()
         try:
@@ -114,6 +110,27 @@ class Function(Generic[P, R]):
         finally:
             driver.interception.stop()
             self._steps_per_call = max(self._steps_per_call or 0, self._steps_in_call)
+
+    def _run_idle(self, *arguments: P.args, **keywords: P.kwargs) -> R:
+        """Run a call eagerly and unwatched; steps are counted where there are several, as the call is so many units."""
+        driver = self._driver
+        assert driver.recursion is not None
+        if (self._steps_per_call or 0) <= 1:
+            with driver.recursion.unit():
+                result = self._wrapped(*arguments, **keywords)
+            driver.end()
+            return result
+        stop_counting = observe_steps(self._count_step)
+        try:
+            with driver.recursion.unit():
+                result = self._wrapped(*arguments, **keywords)
+        finally:
+            stop_counting()
+        driver.end(max(1, self._steps_in_call))
+        return result
+
+    def _count_step(self, _optimizer: Any) -> None:
+        self._steps_in_call += 1
 
     def _after_step(self) -> None:
         """Go on with the next unit, or let the rest of the call, in which no step was ever seen, run unwatched."""

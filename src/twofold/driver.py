@@ -199,14 +199,14 @@ class Driver:
         known = [path for path in self.graph.paths if path.passes(root) and path.executable is not None]
         return bool(known) and sum(path.units + path.seen for path in known) >= blocked.seen
 
-    def end(self) -> None:
-        """Finish the unit, if it has seen anything."""
+    def end(self, units: int = 1) -> None:
+        """Finish the unit, if it has seen anything. `units`: what ran eagerly and unwatched would be so many."""
         if self._mode is Mode.IDLE:
-            self._end_unit(None, None, ())
+            self._end_unit(None, None, (), units)
         elif self.runner.in_unit:
             self.runner.end()
 
-    def _end_unit(self, path: Path | None, trace: Trace | None, signature: Signature) -> None:
+    def _end_unit(self, path: Path | None, trace: Trace | None, signature: Signature, units: int = 1) -> None:
         if self._timing and self.graph.has_accelerator:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._began
@@ -237,7 +237,7 @@ class Driver:
             elif self._mode is Mode.IDLE and self._likely is not None:
                 account.eager_calls += self._likely.call_count
                 if self._timing or not self.graph.has_accelerator:  # else the device may still be at work
-                    self.builder.note_eager(self._likely, seconds)
+                    self.builder.note_eager(self._likely, seconds / units)
             elif self._mode is Mode.IDLE and self.recursion is not None and self.recursion.takes_units:
                 self.recursion.end_unit(seconds)
             account.span("python", "eager", int(self._began * 1e9), int((self._began + seconds) * 1e9))

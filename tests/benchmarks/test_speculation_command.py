@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import convergence, host_time, speculation, steps
-from benchmarks.contenders import ABLATION
+from benchmarks.contenders import ABLATION, Contender
 from benchmarks.convergence import loss_of
 from benchmarks.programs import JANUS_NAMES
 from benchmarks.speculation import contenders_of, format_summary, format_table, summarise
@@ -47,7 +50,7 @@ def test_means_are_geometric_and_over_what_was_measured() -> None:
     summary = summarise({"lenet": RESULTS, "mlp": without_compile})
     assert summary["twofold_speculation"]["x eager"] == pytest.approx(6.0)
     assert summary["twofold_speculation"]["x compile"] == pytest.approx(3.0)
-    assert "6.00 x eager, 3.00 x compile over 2 programs" in format_summary(summary)
+    assert "6.00 x eager, 3.00 x compile over 2 programs" in format_summary(summary, {})
 
 
 def test_only_fixed_steps_are_captured_by_hand() -> None:
@@ -62,8 +65,9 @@ def test_results_hold_every_contender(
     monkeypatch.setattr(steps, "ROUND_STEPS", (1, 1))
     monkeypatch.setattr(steps, "SETTLE_ROUNDS", 1)
     monkeypatch.setattr(steps, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(steps, "SETTLE_MOST", 0.0)
     monkeypatch.setattr(speculation, "measure_in_child", steps.measure_program)
-    monkeypatch.setattr(speculation, "COMPILED", ())
+    monkeypatch.setattr(speculation, "compiled_names", lambda _: ())
     path = tmp_path / "results.json"
     speculation.main(["adversarial", "--size", "small", "--rounds", "2", "--json", str(path)])
     results = json.loads(path.read_text())["programs"]["adversarial"]
@@ -72,6 +76,71 @@ def test_results_hold_every_contender(
         assert len(result["rounds_ms"]) == 2
         assert (result["report"] is None) == (name == "eager") == (result["host_us"] is None)
     assert "geometric mean" in capsys.readouterr().out
+
+
+def test_what_is_not_ready_within_its_bound_is_left_out_and_what_has_not_settled_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler is ended with its processes: cut in this one, it would leave anomaly detection on."""
+
+    def make(contender: str, *_: Any) -> Contender:
+        return Contender(lambda _: None, prepare=lambda _: contender != "compiling")
+
+    real_command = steps.run_within
+    monkeypatch.setattr(
+        steps,
+        "run_within",
+        lambda _, seconds: real_command([sys.executable, "-c", "import time; time.sleep(60)"], seconds),
+    )
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.setattr(steps, "ROUND_STEPS", (1, 1))
+    monkeypatch.setattr(steps, "make_contender", make)
+    options = SimpleNamespace(
+        device="cpu",
+        size="small",
+        rounds=2,
+        seconds=4.0,
+        json=tmp_path / "results.json",
+        contenders=["eager", "compile", "compiling"],
+    )
+    kept: list[list[str]] = []
+    began = time.perf_counter()
+    results = steps.measure_program("mlp", options, lambda results: kept.append(list(results)))
+    assert time.perf_counter() - began < 30
+    assert results["compile"]["error"].startswith("TimeoutError: not ready after")
+    assert (results["eager"]["settled"], results["compiling"]["settled"]) == (True, False)
+    table = steps.format_table("mlp", results)
+    assert [line.split()[0] for line in table.splitlines() if line.endswith("not settled")] == ["compiling"]
+    assert kept[:3] == [["eager"], ["eager", "compile"], ["eager", "compile", "compiling"]]
+
+
+def test_results_of_a_process_that_is_ended_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(command: list[str], **options: Any) -> None:
+        steps.keep(Path(command[command.index("--json") + 1]), {"eager": row(4.0)})
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(steps.subprocess, "run", cut)
+    options = SimpleNamespace(device="cpu", size="small", rounds=2, seconds=30.0, timeout=1200, contenders=None)
+    results = steps.measure_in_child("mlp", options)  # type: ignore[arg-type]
+    assert results == {"eager": row(4.0), "all": {"error": "timed out after 60 s"}}
+
+
+def test_programs_are_added_to_those_that_a_file_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(speculation, "measure_in_child", lambda *_: RESULTS)
+    path = tmp_path / "results.json"
+    for name in ("lenet", "lm"):
+        speculation.main([name, "--json", str(path), "--add"])
+    assert list(json.loads(path.read_text())["programs"]) == ["lenet", "lm"]
+    assert "over 2 programs" in capsys.readouterr().out
+
+
+def test_programs_slower_than_eager_are_named() -> None:
+    programs = {"lenet": RESULTS, "mlp": {"eager": row(1.0), "twofold_speculation": row(2.0, REPORT)}}
+    shown = format_summary(summarise(programs), programs)
+    assert "twofold_speculation: slower than eager: mlp 0.50" in shown
+    assert "lenet" not in shown
 
 
 def test_ablation_adds_one_means_after_the_other(

@@ -27,8 +27,8 @@ SPECULATED = {
     "lm": 27,
     "multi_path": 27,
     "inception_v3": 20,
-    # Who learns is decided by a loss, late: a call that goes the other way is undone, and in the end none is tried.
-    "adversarial": 25,
+    # Who learns is decided by a loss, late: a call that goes the other way is undone, and tried by another graph.
+    "adversarial": 32,
     # Each pattern of coins is a way of its own, to be met before it can be recorded, and again before it is converted.
     "coin_flip": 50,
 }

@@ -1,6 +1,7 @@
 """Calls that run without their Python: each kind of assumption is broken, and nobody can tell from eager."""
 
 import gc
+import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -198,15 +199,18 @@ def test_branch_on_a_tensor_that_goes_the_other_way(where: str, at: int) -> None
         assert failed(report)["branch"] >= 1
 
 
-def test_branch_on_a_tensor_that_goes_both_ways_is_given_up() -> None:
+def decided_by_a_tensor(calls: int, is_high: Callable[[int], bool]) -> dict[str, Any]:
+    """Train with a decision on a fetched value before the step, which is high in some calls."""
+
     def make(parts: Parts) -> Step:
         parts.seen["high"] = 0
 
         def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
             parts.optimizer.zero_grad()
-            loss = parts.loss(x, y)
-            if loss.item() > 50:
+            loss = parts.loss(x + torch.rand_like(x) * 0.01, y)
+            if parts.model[2].bias.mean().item() > 20:
                 parts.seen["high"] += 1
+                loss = loss * 1e-3
             loss.backward()
             parts.optimizer.step()
             return loss.detach()
@@ -214,12 +218,50 @@ def test_branch_on_a_tensor_that_goes_both_ways_is_given_up() -> None:
         return step
 
     def between(number: int, parts: Parts) -> None:
-        parts.model[2].bias.data.fill_(40.0 if number % 3 == 0 else 0.0)
+        parts.model[2].bias.data.fill_(40.0 if is_high(number) else 0.0)
 
-    report = same(training(make, between=between), 40, engine="speculation")
-    assert report["discards"] <= 12
+    return same(training(make, between=between), calls, engine="speculation")
+
+
+def test_branch_on_a_tensor_that_goes_either_way_in_runs_has_a_graph_for_each() -> None:
+    """What was fetched before the work was undone says which way the conversion has to go."""
+    report = decided_by_a_tensor(100, lambda number: number // 10 % 2 == 1)
+    assert report["speculated_iterations"] >= 75, {**summary(report), "refusals": report["refusals"]}
+    assert 9 <= report["discards"] <= 13
+    assert report["engine"] == "speculation"
+
+
+def test_branch_on_a_tensor_that_goes_another_way_in_most_calls_is_given_up() -> None:
+    """Each way has a graph, but two calls of three are launched twice."""
+    report = decided_by_a_tensor(90, lambda number: number % 3 == 0)
     assert "assumption_failed" in {entry["code"] for entry in report["fallbacks"]}
     assert report["engine"] == "coexecution"
+
+
+def test_a_rare_way_that_is_not_converted_leaves_the_common_one_speculated() -> None:
+    """What it does is refused, each time that it comes; so often in a row, a function was given up as a whole."""
+
+    def make(parts: Parts) -> Step:
+        parts.seen["states"] = 0
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            loss = parts.loss(x, y)
+            if parts.model[2].bias.mean().item() > 20:
+                parts.seen["states"] += len(random.getstate())
+            loss.backward()
+            parts.optimizer.step()
+            return loss.detach()
+
+        return step
+
+    def between(number: int, parts: Parts) -> None:
+        parts.model[2].bias.data.fill_(40.0 if number % 25 == 20 else 0.0)
+
+    report = same(training(make, between=between), 160, engine="speculation")
+    assert {refusal["code"] for refusal in report["refusals"]} >= {"foreign_function"}
+    assert report["engine"] == "speculation"
+    assert report["speculated_iterations"] >= 120, {**summary(report), "refusals": report["refusals"]}
 
 
 def test_a_value_that_is_other_each_time_is_given_up_or_read() -> None:

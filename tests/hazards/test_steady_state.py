@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+import twofold
 from tests.hazards.programs import Parts, same, sgd, training
 from twofold.convert.from_traces import OptimizerPlan
+from twofold.driver import Driver, Mode
 from twofold.run.placement import Placement
 from twofold.run.speculation import unit
 
@@ -184,3 +186,34 @@ def test_harness_catches_history_that_is_missing(
     monkeypatch.setattr(unit, "_seen_with_history", lambda _: set())
     with pytest.raises(AssertionError, match="differences from eager"):
         handing_out(hand_out)
+
+
+def test_an_eager_call_of_several_units_is_compared_as_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken for one unit, its time let graphs stay that took three times as long as eager execution."""
+    counted: list[int] = []
+    end = Driver.end
+
+    def noted(driver: Driver, units: int = 1) -> None:
+        if driver._mode is Mode.IDLE:
+            counted.append(units)
+        end(driver, units)
+
+    monkeypatch.setattr(Driver, "end", noted)
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            for _ in range(3 if number % 4 else 2):
+                loss = parts.train(x, y)
+            return loss.detach()
+
+        return step
+
+    program = training(make)()
+    step = twofold.function(program.step, numerics="exact", background=False)
+    for number in range(40):
+        counted.clear()
+        step(*program.batches(number))
+        assert counted in ([], [3 if number % 4 else 2])
+        if counted:
+            break
+    assert counted

@@ -267,8 +267,28 @@ def _saved_step(plan: OptimizerPlan) -> Callable[[], None]:
 
 
 def feed_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what a feed holds now, safe from later changes by Python.
+    """Return what a feed holds now, laid out as it is, safe from later changes by Python.
 
     On CUDA the stream orders reads and writes; on the CPU, NumPy may write to the same memory unseen.
     """
-    return tensor if tensor.is_cuda else tensor.detach().clone()
+    if tensor.is_cuda:
+        return tensor
+    given = tensor.detach()
+    copy, stride = given.clone(), given.stride()
+    if copy.stride() == stride:
+        return copy
+    # A copy of some columns of a matrix is dense, and kernels that were compiled for the columns do not take it.
+    if not _may_overlap(given):
+        return torch.empty_strided(given.shape, stride, dtype=given.dtype, device=given.device).copy_(given)
+    span = 1 + sum((size - 1) * step for size, step in zip(given.shape, stride, strict=True))
+    return given.as_strided((span,), (1,)).clone().as_strided(given.shape, stride, 0)
+
+
+def _may_overlap(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie in one place: a stride does not reach beyond what the smaller ones span."""
+    end = 1
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and step < end:
+            return True
+        end += (size - 1) * step
+    return False

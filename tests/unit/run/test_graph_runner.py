@@ -216,3 +216,27 @@ def test_a_feed_is_safe_from_later_changes():
     copy = feed_copy(batch)
     batch.zero_()
     assert torch.equal(copy, torch.ones(3))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "feed",
+    [
+        torch.arange(12.0).view(3, 4),
+        torch.arange(12.0).view(3, 4).t(),
+        torch.arange(123.0).view(3, 41)[:, 8:12],
+        torch.arange(60.0).view(3, 4, 5)[:, 1::2, ::3],
+        torch.arange(3.0).view(3, 1).expand(3, 4),
+        torch.arange(9.0).unfold(0, 4, 2),
+        torch.arange(8.0)[::2].view(4, 1),
+        torch.tensor(3.0),
+        torch.empty(0, 4),
+    ],
+    ids=["whole", "transposed", "columns", "parts", "expanded", "overlapping", "single column", "number", "empty"],
+)
+def test_a_feed_is_copied_as_it_is_laid_out(feed: torch.Tensor) -> None:
+    """Compiled kernels take nothing else: what was recorded were columns, and a clone of columns is dense."""
+    copy = feed_copy(feed)
+    assert torch.equal(copy, feed)
+    assert copy.stride() == feed.stride()
+    assert copy.untyped_storage().data_ptr() != feed.untyped_storage().data_ptr() or not feed.numel()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import types
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from twofold.capture.trace_graph import Path, Signature, TraceGraph
+from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
 from twofold.convert.refusals import Refusal, Refused, line_of
 from twofold.graph import current_ambient
 
@@ -36,16 +36,18 @@ def speculate(
     graph: TraceGraph,
     signature: Signature,
     relaxed: frozenset[Hashable] = frozenset(),
+    fetched: Mapping[PathNode, Any] | None = None,
 ) -> Speculation:
     """Convert a function on the way that a call with these arguments takes.
 
     Nothing is computed and nothing changes: not the arguments, the heap, the random streams, nor what `graph` counts.
-    `relaxed`: places that are read anew in each call. Raises `Refused`.
+    `relaxed`: places that are read anew in each call. `fetched`: what this call is known to fetch; elsewhere it is
+    taken to fetch what was fetched last. Raises `Refused`.
     """
     refusal: Refusal | None = None
     for _ in range(MAX_WALKS):
         try:
-            return _Conversion(graph, signature, relaxed).convert(function, arguments, keywords)
+            return _Conversion(Walk(graph, signature, fetched or {}), relaxed).convert(function, arguments, keywords)
         except Relax as found:
             relaxed |= frozenset(found.locations)
         except Refused as refused:
@@ -63,8 +65,8 @@ def with_line(refusal: Refusal) -> Refusal:
 class _Conversion:
     """One walk."""
 
-    def __init__(self, graph: TraceGraph, signature: Signature, relaxed: frozenset[Hashable]) -> None:
-        self._walk = Walk(graph, signature)
+    def __init__(self, walk: Walk, relaxed: frozenset[Hashable]) -> None:
+        self._walk = walk
         self._relaxed = relaxed
         self._interpreter: Interpreter | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ def refuse(code: str, construct: str) -> Refused:
 class Walk:
     """One way through a TraceGraph, as far as the interpreter has come. Implements `Listener`."""
 
-    def __init__(self, graph: TraceGraph, signature: Signature) -> None:
+    def __init__(self, graph: TraceGraph, signature: Signature, fetched: Mapping[PathNode, Any]) -> None:
         self.graph = graph
         self.node = graph.root(signature)
         self.slots: list[torch.Tensor] = []
@@ -55,6 +55,7 @@ class Walk:
         self.made_by_python: list[Any] = []
         """Tensors that Python made from its own data, likewise."""
         self._stepping: Optimizer | None = None
+        self._fetched = fetched
 
     # ---- what the library does ---------------------------------------------------------------------------
 
@@ -98,8 +99,9 @@ class Walk:
         plain = plain and all(given is None for given in keywords.values())  # as `repr` passes on what it was not given
         if node.sample is None or not plain:
             raise refuse("tensor_fetch", f"what {display_name(function)} gives is not known before it is run")
-        self.fetches.append(Fetch(node.depth, function, rest, node.sample))
-        return node.sample
+        sample = self._fetched.get(node, node.sample)
+        self.fetches.append(Fetch(node.depth, function, rest, sample))
+        return sample
 
     def _unexpected(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if function in METADATA:

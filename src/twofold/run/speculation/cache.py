@@ -35,11 +35,16 @@ RECENT = 50
 MAX_FAILED = 5
 """So many of the recent calls failed, and the function is not speculated on any more."""
 MAX_UNDONE = 3
-"""So often a check undid launched work, in more than a tenth of the graph's calls, and it is not speculated on."""
+"""So often launched work was undone and no other graph fitted, in more than a tenth of the calls since the last path
+was added, and the function is not speculated on."""
+MAX_RETRIED = 1 / 3
+"""The same where another graph fitted, in more than this share of `RECENT` calls or more: each launched twice."""
 RELAXED: Final = frozenset({"value", "identity"})
 """Kinds of assumptions about what lies at a place: where one fails, it is read anew from then on."""
 MAX_ASSUMPTIONS = 2_000
 """Assumptions kept for the report."""
+
+_LATE = "after tensor work had begun"
 
 AssumptionCounts = dict[tuple[str, str, str, Any], AssumptionCount]
 
@@ -71,12 +76,20 @@ class GraphCache:
         """Locations that are read anew in each call."""
         self.stopped = ""
         """Why the function is not speculated on any more, if it is not."""
-        self.was_undone = False
-        """Whether the last call was given back to Python after tensor work had begun."""
+        self.undone: Assumption | None = None
+        """What the last call was found to be otherwise in, the latest thing, after tensor work had begun."""
+        self.has_raised = False
+        """Whether the last call raised something after tensor work had begun: only Python may run it now."""
+        self.fetched: dict[PathNode, Any] = {}
+        """What the last call fetched before its work was undone: where it went another way, this is what decided."""
         self._graphs: dict[PathNode, list[SpeculatedGraph]] = {}
         self._trace_graph = graph
         self._account = account
         self._recent: deque[bool] = deque(maxlen=RECENT)
+        self._calls = 0
+        """Calls that were tried since failures were forgiven, and in how many of them launched work was undone."""
+        self._retried = 0
+        self._given_back = 0
         self._conversions = 0
         self._past: AssumptionCounts = {}
         self._names: dict[Assumption, int] = {}
@@ -89,9 +102,10 @@ class GraphCache:
         Raises what an effect raises, and lets KeyboardInterrupt and its like through, undone.
         """
         graphs = self._graphs.get(root)
-        self.was_undone = False
+        self.fetched, self.has_raised, self.undone = {}, False, None
         if not graphs:
             return MISSED, None
+        self._calls += 1
         failed: list[tuple[int, ...]] = []
         for place, graph in enumerate(tuple(graphs)):
             if any(map(graph.shares, failed)) or not graph.work.path.can_begin():
@@ -104,13 +118,19 @@ class GraphCache:
                 if place:
                     graphs.remove(graph)
                     graphs.insert(0, graph)
+                if self.undone is not None:
+                    self._note_retried(self.undone)
                 return result, graph.work.path
-            self.was_undone = self._learn(graph, unit)
-            if self.was_undone:
-                self.note_failed()
-                return MISSED, None
-            if unit.failed_at is not None:
-                failed.append(graph.names[: unit.failed_at + 1])
+            was_found_out_late = self._learn(graph, unit)
+            if unit.failed_at is None:
+                self.has_raised = was_found_out_late
+                if self.has_raised:
+                    return MISSED, None
+                continue
+            failed.append(graph.names[: unit.failed_at + 1])
+            if was_found_out_late:
+                self.undone = graph.speculation.assumptions[unit.failed_at]
+                self.fetched |= unit.fetched()
         self._account.misses += 1
         return MISSED, None
 
@@ -124,12 +144,12 @@ class GraphCache:
         if not unit.has_launched:
             return False
         self._account.discards += 1
-        if unit.failed_at is not None:
-            undone, calls = graph.failures[unit.failed_at], graph.runs + graph.failures.total()
-            if undone >= MAX_UNDONE and undone * 10 > calls:
-                assumption = graph.speculation.assumptions[unit.failed_at]
-                self.stop(f"{assumption} failed in {undone} of {calls} calls, after tensor work had begun")
         return True
+
+    def _note_retried(self, undone: Assumption) -> None:
+        self._retried += 1
+        if self._calls >= RECENT and self._retried > MAX_RETRIED * self._calls:
+            self.stop(f"{undone} and its like failed in {self._retried} of {self._calls} calls: {_LATE}")
 
     def _relax(self, failed: Assumption) -> None:
         if failed.kind in RELAXED and failed.location not in self.relaxed:
@@ -148,10 +168,15 @@ class GraphCache:
         self._recent.append(True)
         if len(self._recent) == RECENT and sum(self._recent) > MAX_FAILED:
             self.stop(f"{sum(self._recent)} of the last {RECENT} calls were other than any graph assumed")
+        elif self.undone is not None:
+            self._given_back += 1
+            if self._given_back >= MAX_UNDONE and self._given_back * 10 > self._calls:
+                self.stop(f"{self.undone} and its like failed in {self._given_back} of {self._calls} calls: {_LATE}")
 
     def forgive(self) -> None:
         """Forget the calls that failed."""
         self._recent.clear()
+        self._calls = self._retried = self._given_back = 0
 
     def stop(self, reason: str) -> None:
         """Give up speculating on the function."""

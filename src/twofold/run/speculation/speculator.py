@@ -11,6 +11,7 @@ from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
 from twofold.convert.refusals import Refusal, Refused
 from twofold.convert.speculation.convert import speculate
 from twofold.convert.speculation.schedule import Unschedulable
+from twofold.convert.speculation.speculation import Assumption
 from twofold.errors import NotConvertibleError
 from twofold.options import Options
 from twofold.run.account import Account
@@ -24,6 +25,8 @@ MAX_REFUSALS = 4
 """So many refusals in a row, and conversion is not tried again, unless all that was missing was a graph to go by."""
 FIRST_RETRY: Final = 4
 """Calls until conversion is tried again; four times as many after each further refusal in a row."""
+MAX_PAUSE: Final = 16
+"""Calls, at most, that run beside their Python after one went a way which has no graph yet."""
 
 
 class Speculator:
@@ -38,6 +41,10 @@ class Speculator:
         self._is_strict = options.strict
         self._refusals = 0
         self._retry_at = 0
+        self._pause_until = 0
+        """The iteration from which calls are tried again."""
+        self._refused_ways: set[Assumption | None] = set()
+        """Assumptions whose failure, behind a launch, leads to what is not converted. Python runs these calls."""
         self._lacks_graph = False
         """Whether all that the last refusal missed was a graph to go by."""
         self._paths = 0
@@ -68,17 +75,23 @@ class Speculator:
         call raise.
         """
         self._look_for_paths()
+        if self._account.iterations < self._pause_until:
+            return MISSED, None
         had_graphs = self.cache.has_graphs(root)
         result, path = self.cache.call(root, arguments, keywords)
-        if result is not MISSED or self.cache.was_undone:
+        if result is not MISSED:
             return result, path
+        is_postponed = False
         if self._may_convert(root):
-            if not self._pace.fits(Work.CONVERT):
-                return result, path
-            if self._convert(function, arguments, keywords, signature, root):
+            is_postponed = not self._pace.fits(Work.CONVERT)
+            if not is_postponed and self._convert(function, arguments, keywords, signature, root):
                 return self.cache.call(root, arguments, keywords)
-        if had_graphs:
+        if had_graphs and not is_postponed:
             self.cache.note_failed()
+        if self.cache.undone is not None and self.cache.undone not in self._refused_ways:
+            # Ways come in runs, and this one has no graph yet.
+            wait = min(max(FIRST_RETRY, self._retry_at - self._account.iterations), MAX_PAUSE)
+            self._pause_until = self._account.iterations + wait
         return result, path
 
     def _look_for_paths(self) -> None:
@@ -92,6 +105,8 @@ class Speculator:
             self._retry_at = min(self._retry_at, self._account.iterations + FIRST_RETRY)
 
     def _may_convert(self, root: PathNode) -> bool:
+        if self.cache.has_raised or self.cache.undone in self._refused_ways:
+            return False
         has_settled = self.cache.has_graphs(root) or root.units >= UNITS_BEFORE
         return has_settled and self.cache.may_convert and self._account.iterations >= self._retry_at
 
@@ -106,7 +121,7 @@ class Speculator:
         try:
             with self._pace.taking(Work.CONVERT):
                 relaxed = frozenset(self.cache.relaxed)
-                made = speculate(function, arguments, keywords, self._graph, signature, relaxed)
+                made = speculate(function, arguments, keywords, self._graph, signature, relaxed, self.cache.fetched)
                 self.cache.add(root, made)
         except Refused as refused:
             self._refuse(refused.refusal)
@@ -122,10 +137,13 @@ class Speculator:
     def _refuse(self, refusal: Refusal) -> None:
         """Go on beside the function's Python, and try again a few times: paths may be added that were missing."""
         self._account.refusal(refusal.code, refusal.construct, refusal.origin, refusal.line.strip(), refusal.hint)
+        if self.cache.undone is not None and refusal.code != "no_graph":
+            self._refused_ways.add(self.cache.undone)
+            return
+        self._lacks_graph = refusal.code == "no_graph"
         self._refusals = min(self._refusals + 1, MAX_REFUSALS)
         self._retry_at = self._account.iterations + FIRST_RETRY**self._refusals
-        self._lacks_graph = refusal.code == "no_graph"
         if self._refusals == MAX_REFUSALS and not self._lacks_graph:
             self.cache.stopped = f"not converted: {refusal.code}"
-        if self._is_demanded and self._is_strict:
+        if self._is_demanded and self._is_strict and self.cache.undone is None:
             raise NotConvertibleError(f"{self._account.name} is not speculated on: {refusal}", refusal)

@@ -13,7 +13,7 @@ from twofold.capture.functions import NUMBER_READS
 from twofold.capture.number_feeds import number_tensor
 from twofold.capture.recorder import has_step_hooks
 from twofold.capture.trace import External, Slot, leaves
-from twofold.capture.trace_graph import Path, Role
+from twofold.capture.trace_graph import Path, PathNode, Role
 from twofold.convert.from_traces import Program
 from twofold.convert.speculation.speculation import Generator, commit, draw_by, launch, rewinding, step, tensor
 from twofold.graph import Graph, values_in
@@ -88,7 +88,18 @@ def _final_step(scheduled: Graph) -> Any:
 class SpeculatedUnit:
     """One call's tensor work; see `convert.speculation.speculation.Unit`. Used once."""
 
-    __slots__ = ("_drawn", "_feeds", "_given", "_outputs", "_run", "_undo", "_work", "failed_at", "is_committed")
+    __slots__ = (
+        "_drawn",
+        "_feeds",
+        "_fetched",
+        "_given",
+        "_outputs",
+        "_run",
+        "_undo",
+        "_work",
+        "failed_at",
+        "is_committed",
+    )
 
     def __init__(self, work: TensorWork) -> None:
         self._work = work
@@ -96,6 +107,7 @@ class SpeculatedUnit:
         self._feeds: dict[int, Any] = {}
         self._run: GraphRunner | None = None
         self._outputs: dict[int, torch.Tensor] | None = None
+        self._fetched: dict[int, Any] = {}
         self._drawn: list[Generator] = []
         self._undo: list[Callable[[], object]] = []
         """How to put back generators that were drawn from, and optimizers that were set."""
@@ -131,13 +143,19 @@ class SpeculatedUnit:
             run.launch_through(position)
             run.launch_ahead()
             if function in NUMBER_READS and (copied := run.host_value(position)) is not None:
-                return function(copied, *rest)
+                self._fetched[event] = number = function(copied, *rest)
+                return number
             values = [run.value(value).detach() for value in program.fetches[event]]  # a feed may have a history
         recorded: Any = self._work.path.nodes[event].event
         references = leaves((recorded.arguments, recorded.keywords), (Slot, External))
         shows_history = function in (_TENSOR.__repr__, _TENSOR.__format__)
         given = [self._real(r, v, shows_history) for r, v in zip(references, values, strict=True)]
-        return function(*given, *rest)
+        self._fetched[event] = fetched = function(*given, *rest)
+        return fetched
+
+    def fetched(self) -> dict[PathNode, Any]:
+        """Return what was read of the unit, by the events."""
+        return {self._work.path.nodes[event]: value for event, value in self._fetched.items()}
 
     def _real(self, reference: Slot | External, value: torch.Tensor, shows_history: bool) -> torch.Tensor:
         path = self._work.path
