@@ -8,6 +8,8 @@ results and a term of its own (a loss) has no table; the terms are added up at t
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .factors import Link, Table
+from .native_run import ROWS_OF_TABLES, Native, may_run, native_function
 from .parts import Crossing, Role, Stage, StageCode, Staged, View
 from .requests import Leaving
 from .schedule import Group, Named, Schedule, Segment, Use
@@ -106,6 +109,8 @@ class Run:
     def _once(self, run: GroupRun, stage: Stage) -> None:
         """Run a stage for all invocations of a block."""
         code = run.staged.stages[stage]
+        if code.in_passes is not None and may_run(code, run.rows, self._schedule.device):
+            code = code.in_passes
         for crossing in code.kept:
             run.whole[crossing.name] = self._room_for_all(run, crossing)
         if code.given or code.kept:
@@ -115,20 +120,32 @@ class Run:
     def _levels(self, stage: Stage, levels: Iterable[list[Segment]]) -> None:
         """Run a stage level by level."""
         bound = [self._bound(run, run.staged.stages[stage]) for run in self._groups]
-        for level in levels:
-            for segment in level:
-                code, arguments = bound[segment.group]
-                if code is not None:
+        segments = itertools.chain.from_iterable(levels)
+        for group, together in itertools.groupby(segments, operator.attrgetter("group")):
+            code, arguments = bound[group]
+            if isinstance(code, Native):
+                code.run(list(together))
+            elif code is not None:
+                for segment in together:
                     returned = code.run(segment.rows, *arguments[segment.number])
                     for name, held in zip(code.given, returned, strict=True):
-                        self._groups[segment.group].parts[name][segment.number] = held  # type: ignore[index]
+                        self._groups[group].parts[name][segment.number] = held  # type: ignore[index]
 
-    def _bound(self, run: GroupRun, code: StageCode) -> tuple[StageCode | None, Sequence[Any]]:
+    def _bound(self, run: GroupRun, code: StageCode) -> tuple[StageCode | Native | None, Sequence[Any]]:
         """Return a stage with what it takes and writes at each level; None if it has nothing to do."""
         if not (code.kept or code.given or any(role is Role.GIVE for role, _ in code.arguments)):
             return None, ()
         for crossing in code.kept:
             self._make_room(run, crossing)
+        most = max(segment.rows for segment in run.group.segments)
+        function = native_function(code.native, most, self._schedule.device)
+        if function is not None and code.native is not None:
+            for name, view in code.inside.items():
+                run.whole[name] = view.make(run.rows, run.whole[view.crossing.name])
+            given = [self._memory(run, role, what) for role, what in code.native.arguments]
+            return Native(function, given, run.group.segments), ()
+        for crossing in code.kept:
+            run.parts[crossing.name] = self._room_by_level(run, crossing)
         for name, view in code.inside.items():
             run.whole[name] = view.make(run.rows, run.whole[view.crossing.name])
         for name in code.given:
@@ -184,11 +201,42 @@ class Run:
     def _make_room(self, run: GroupRun, crossing: Crossing) -> None:
         """Make the rows that a value is written to level by level."""
         if crossing.name in run.tables:
-            run.parts[crossing.name] = run.views(self._room_in_table(run, crossing))
+            self._room_in_table(run, crossing)
             return
         shape = run.rows * crossing.each, *crossing.shape
-        whole = run.whole[crossing.name] = torch.empty(shape, dtype=crossing.dtype, device=crossing.device)
-        run.parts[crossing.name] = run.split(whole, 0, crossing.each)
+        run.whole[crossing.name] = torch.empty(shape, dtype=crossing.dtype, device=crossing.device)
+
+    def _room_by_level(self, run: GroupRun, crossing: Crossing) -> Sequence[Tensor]:
+        if crossing.name in run.tables:
+            return run.views(self._room_in_table(run, crossing))
+        return run.split(run.whole[crossing.name], 0, crossing.each)
+
+    def _memory(self, run: GroupRun, role: Role, what: Any) -> tuple[Tensor, int]:
+        """Return a tensor that native code is given, all rows of it, and what it is told of that."""
+        match role:
+            case Role.PART:
+                name = what.name
+                if name in run.tables:
+                    return self._tables[run.tables[name]], ROWS_OF_TABLES
+                if name in run.tangents:
+                    return self._gradients[run.tangents[name]], ROWS_OF_TABLES
+                return self._whole(run, what).contiguous(), 0
+            case Role.CONSTANT:
+                held = what.make(what.tensor.detach())
+                held = self._turned(held, run.group.segments)
+                if held.dim() == 2 and held.t().is_contiguous():
+                    return held, int(not held.is_contiguous())
+                return held.contiguous(), 0
+            case Role.TABLE:
+                return self._tables[what.table], 0
+            case Role.GRADIENTS:
+                return self._gradients[what.table], int(self._schedule.taken_once(what.table[0]))
+            case Role.CHILDREN | Role.OWED:
+                return self._schedule.index(Named(Use.CHILDREN, run.places(what), run.group.number)), 0
+            case Role.SCRATCH:
+                return torch.empty(what[1] * max(segment.rows for segment in run.group.segments)), 0
+            case _:
+                return self._whole(run, what).contiguous(), 0
 
     def _room_in_table(self, run: GroupRun, crossing: Crossing) -> Tensor:
         table = run.tables[crossing.name]

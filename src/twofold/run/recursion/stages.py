@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from .factors import Link, Table, hoist_factors, join_children, join_gradients, join_views
-from .parts import BY_LEVEL, Crossing, Stage, StageCode, Staged, is_view
+from .native import NativeWriter, NoNativeForm, passes
+from .parts import BY_LEVEL, Crossing, NativeCode, Stage, StageCode, Staged, is_view
 from .vectorize import Joint, NotBatchableError, Rows
 from .views import in_place
 from .writer import Writer, writes
@@ -236,16 +237,37 @@ class Cut:
         if stage in BY_LEVEL:
             inside = self._make_rooms(stage, kept)
         writer = Writer(self.joint, self.stage, stage, self.children, kept, inside)
-        for node in self.joint.graph.nodes:
-            if self.stage.get(node) is stage and (node in kept or not is_view(node)):
-                writer.node(node)
+        nodes = [n for n in self.joint.graph.nodes if self.stage.get(n) is stage and (n in kept or not is_view(n))]
+        for node in nodes:
+            writer.node(node)
         if stage is Stage.BACK:
             for link, node in self.owed:
                 writer.give(link, node)
         returned = [node for node in made if node not in kept and node not in inside]
         for node in returned:
             writer.name(node)
-        return writer.code(returned, self.crossings)
+        code = writer.code(returned, self.crossings)
+        if stage in BY_LEVEL and not returned and (kept or self.owed):
+            code.native = self._native(stage, nodes, kept, inside)
+        if stage not in BY_LEVEL and (found := passes(self.joint, nodes, self.stage, stage)):
+            writer = Writer(self.joint, self.stage, stage, self.children, kept, inside, found)
+            for node in nodes:
+                writer.node(node)
+            for node in returned:
+                writer.name(node)
+            code.in_passes = writer.code(returned, self.crossings)
+            code.passes = [each.code for each in found]
+        return code
+
+    def _native(
+        self, stage: Stage, nodes: list[fx.Node], kept: list[fx.Node], inside: dict[fx.Node, fx.Node]
+    ) -> NativeCode | None:
+        """Return a stage as C++, if it can be."""
+        writer = NativeWriter(self.joint, self.stage, stage, self.children, kept, inside, self.crossings)
+        try:
+            return writer.code(nodes, self.owed if stage is Stage.BACK else [])
+        except NoNativeForm:
+            return None
 
     def _make_rooms(self, stage: Stage, kept: list[fx.Node]) -> dict[fx.Node, fx.Node]:
         """Have what a level views kept for all levels, so that it is viewed once.
