@@ -23,9 +23,16 @@ import torch
 
 from twofold.options import cpp_compiler, has_cpp_compiler
 
-FLAGS = (
-    "-O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -shared -fPIC -x c++".split()
-)
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+]
+"""Compilers make vectors of what has no error numbers and traps to keep; no order of operations is changed."""
 NICENESS = 3
 """As that of the compile process."""
 

@@ -173,6 +173,8 @@ class Run:
             case Role.GIVE:
                 once = self._schedule.taken_once(what.table[0])
                 same = Tensor.index_copy_ if once else Tensor.index_add_
+            case Role.SAME | Role.SCRATCH:
+                raise AssertionError(f"{role} is for native code")
         return [same] * len(run.group.segments)
 
     def _views(self, run: GroupRun, view: View) -> Sequence[Tensor]:

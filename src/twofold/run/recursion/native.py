@@ -3,13 +3,11 @@
 From Python a level of the binary TreeLSTM is 10 operations forward and 9 backward, each called for some 20 rows; half
 of a level's time is neither a product nor a function of an element. Here products are the BLAS's that PyTorch brings,
 rows are gathered and given by copying them, and what is elementwise is done row by row, while the row is in the
-first cache. What has no form here (see `_EXPRESSIONS`) leaves the stage to Python.
+first cache. What has no form here (see `EXPRESSIONS`) leaves the stage to Python.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -20,78 +18,12 @@ import torch
 from torch import Tensor, fx
 
 from .factors import Link
+from .native_text import EXPRESSIONS, JOINING, PRELUDE, PRODUCTS
 from .parts import Crossing, NativeCode, Role, Same, Stage, is_view
 from .vectorize import SIZES, Joint
 from .views import cuts_rows, shown
 
 aten = torch.ops.aten
-
-PRELUDE = """
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-typedef void (*Gemm)(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
-                     const int*, const float*, const int*, const float*, float*, const int*);
-// Branches are selections, so that compilers make vectors of all this. At most 2.5 units in the last place off, as the
-// kernels of PyTorch are; infinities and NaN come out as there.
-static inline float exponential(float x) {
-    float y = x < 89.0f ? x : 89.0f;
-    y = y > -104.0f ? y : -104.0f;
-    float k = rintf(y * 1.44269504088896341f);
-    float r = fmaf(k, 2.12194440e-4f, fmaf(k, -0.693359375f, y));
-    float p = fmaf(1.9875691500e-4f, r, 1.3981999507e-3f);
-    p = fmaf(p, r, 8.3334519073e-3f);
-    p = fmaf(p, r, 4.1665795894e-2f);
-    p = fmaf(p, r, 1.6666665459e-1f);
-    p = fmaf(p, r, 5.0000001201e-1f);
-    p = fmaf(p * r, r, r) + 1.0f;
-    int32_t whole = (int32_t)k, half = whole >> 1, rest = whole - half;
-    int32_t low = (half + 127) << 23, high = (rest + 127) << 23;
-    float first, second;
-    memcpy(&first, &low, 4);
-    memcpy(&second, &high, 4);
-    return x != x ? x : p * first * second;
-}
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-static inline float tangent(float x) {
-    float a = fabsf(x), z = x * x;
-    float q = fmaf(-5.70498872745e-3f, z, 2.06390887954e-2f);
-    q = fmaf(q, z, -5.37397155531e-2f);
-    q = fmaf(q, z, 1.33314422036e-1f);
-    q = fmaf(q, z, -3.33332819422e-1f);
-    q = fmaf(q * z, a, a);
-    float e = 1.0f - 2.0f / (exponential(2.0f * a) + 1.0f);
-    return copysignf(a < 0.625f ? q : e, x);
-}
-// c = a b, or c + a b; all row by row; b has `width` columns and lies transposed if `turned`.
-static void product(Gemm gemm, int64_t rows, int64_t width, int64_t depth, const float* a, int64_t a_step,
-                    const float* b, int64_t turned, float* c, int64_t c_step, float kept) {
-    int m = (int)width, n = (int)rows, k = (int)depth, lda = (int)(turned ? depth : width);
-    int ldb = (int)a_step, ldc = (int)c_step;
-    float one = 1.0f;
-    gemm(turned ? "T" : "N", "N", &m, &n, &k, &one, b, &lda, a, &ldb, &kept, c, &ldc);
-}
-"""
-
-_EXPRESSIONS: dict[Any, str] = {
-    aten.add.Tensor: "{0} + {1}",
-    aten.sub.Tensor: "{0} - {1}",
-    aten.mul.Tensor: "{0} * {1}",
-    aten.div.Tensor: "{0} / {1}",
-    aten.neg.default: "-{0}",
-    aten.clone.default: "{0}",
-    aten.sigmoid.default: "sigmoid({0})",
-    aten.tanh.default: "tangent({0})",
-    aten.relu.default: "({0} < 0.0f ? 0.0f : {0})",
-    aten.addcmul.default: "{0} + {1} * {2}",
-    aten.sigmoid_backward.default: "{0} * (1.0f - {1}) * {1}",
-    aten.tanh_backward.default: "{0} * (1.0f - {1} * {1})",
-    aten.threshold_backward.default: "({1} <= {2} ? 0.0f : {0})",
-}
-"""What is done to each element; arguments are tensors and numbers, in order."""
-
-_PRODUCTS = (aten.mm.default, aten.addmm.default)
-_JOINING = (aten.cat.default, aten.stack.default)
 
 
 class NoNativeForm(Exception):
@@ -99,7 +31,7 @@ class NoNativeForm(Exception):
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a value is: the argument that it is in, and an example of it as that lies in memory.
 
     `each` is how many of the example's rows belong to an invocation, `step` how many elements lie from one
@@ -116,7 +48,9 @@ class _Place:
     def row(self) -> str:
         """Where row `r` begins."""
         start = f" + {self.example.storage_offset()}" if self.example.storage_offset() else ""
-        return f"{self.argument}{start}" if self.passing or not self.step else f"{self.argument}{start} + r * {self.step}"
+        return (
+            f"{self.argument}{start}" if self.passing or not self.step else f"{self.argument}{start} + r * {self.step}"
+        )
 
 
 @dataclass
@@ -141,7 +75,7 @@ class NativeWriter:
     def code(self, nodes: Sequence[fx.Node], owed: Sequence[tuple[Link, fx.Node]]) -> NativeCode:
         """Return the text for the operations of the stage, and what it takes. Raises `NoNativeForm`."""
         for node in self.children:
-            if self.stage is Stage.LEVEL and any(self.stages.get(user) is self.stage for user in _users(node)):
+            if self.stage is Stage.LEVEL and any(self.stages.get(user) is self.stage for user in users_of(node)):
                 self._gather(node)
         self._join_in_place(nodes)
         for node in nodes:
@@ -157,7 +91,7 @@ class NativeWriter:
             "        const int64_t *segment = segments + 3 * s, n = segment[2];\n"
             f"{body}\n    }}\n}}\n"
         )
-        widest = max(node.meta["val"].numel() // SIZES[0] for node in nodes)
+        widest = max([node.meta["val"].numel() // SIZES[0] for node in nodes], default=1)
         return NativeCode(text, list(self.arguments), widest)
 
     # Where values are.
@@ -192,12 +126,12 @@ class NativeWriter:
         if crossing is None or crossing.dtype is not torch.float32 or crossing.device != torch.device("cpu"):
             raise NoNativeForm(node.name)
         if crossing.dimension is None:
-            return _Place(self._argument(Role.SAME, crossing, "float", None), torch.empty(node.meta["val"].shape), 0, 0)
+            return Place(self._argument(Role.SAME, crossing, "float", None), torch.empty(node.meta["val"].shape), 0, 0)
         if crossing.dimension != 0:
             raise NoNativeForm(node.name)
         step = crossing.each * math.prod(crossing.shape)
         name = self._argument(Role.PART, crossing, "float", step)
-        return _Place(name, torch.empty(node.meta["val"].shape), crossing.each, step)
+        return Place(name, torch.empty(node.meta["val"].shape), crossing.each, step)
 
     def _viewed(self, node: fx.Node) -> Any:
         source: Any = node.args[0]
@@ -212,7 +146,7 @@ class NativeWriter:
             raise NoNativeForm(node.name)
         if listed:
             assert node.target is operator.getitem
-            return held[node.args[1]]
+            return held[node.args[1]]  # type: ignore[index]
         found = shown(held.example, [node])
         examples = list(found) if isinstance(found, tuple | list) else [found]
         storage = held.example.untyped_storage().data_ptr()
@@ -222,7 +156,7 @@ class NativeWriter:
         made = [replace(held, example=e, each=n) for e, n in zip(examples, each, strict=True)]
         return made if isinstance(found, tuple | list) else made[0]
 
-    def _constant(self, base: fx.Node, chain: Sequence[fx.Node]) -> _Place:
+    def _constant(self, base: fx.Node, chain: Sequence[fx.Node]) -> Place:
         tensor = self.joint.constants[str(base.target)]
         if any(node in self.joint.rows for node in chain) or tensor.dtype is not torch.float32:
             raise NoNativeForm(base.name)
@@ -230,33 +164,33 @@ class NativeWriter:
             raise NoNativeForm(base.name)
         example = shown(tensor.detach(), chain)
         what = Same(tensor, lambda held: shown(held, chain), tuple(node.name for node in (base, *chain)))
-        return _Place(self._argument(Role.CONSTANT, what, "float", None), torch.empty(example.shape), 0, 0)
+        return Place(self._argument(Role.CONSTANT, what, "float", None), torch.empty(example.shape), 0, 0)
 
-    def _scratch(self, node: fx.Node) -> _Place:
+    def _scratch(self, node: fx.Node) -> Place:
         """Give a value that this stage alone sees memory for the rows of a level."""
         value = node.meta["val"]
         if node not in self.joint.rows or not self.joint.keeps_rows_first(node) or value.dtype is not torch.float32:
             raise NoNativeForm(node.name)
         step = value.numel() // SIZES[0]
         name = self._argument(Role.SCRATCH, (node.name, step), "float", None)
-        return _Place(name, torch.empty(value.shape), self.joint.rows[node][1], step)
+        return Place(name, torch.empty(value.shape), self.joint.rows[node][1], step)
 
     def _join_in_place(self, nodes: Sequence[fx.Node]) -> None:
         """Have what a `cat` or `stack` joins computed where it belongs, if that is all that takes it."""
         for node in nodes:
-            if node.target in _JOINING:
+            if node.target in JOINING:
                 for part, place in self._parts(node):
-                    source = part.args[0] if part.target is aten.view.default else part
+                    source: Any = part.args[0] if part.target is aten.view.default else part
                     sole = all(len(held.users) == 1 for held in (part, source)) and source not in self.kept
                     written = source in nodes and source not in self.inside and source not in self.places
-                    if sole and written and source.target not in _JOINING and not is_view(source):
+                    if sole and written and source.target not in JOINING and not is_view(source):
                         try:
                             example = place.example.view(source.meta["val"].shape)
                         except RuntimeError:  # not without a copy
                             continue
                         self.places[source] = replace(place, example=example, each=self.joint.rows[source][1])
 
-    def _parts(self, node: fx.Node) -> list[tuple[fx.Node, _Place]]:
+    def _parts(self, node: fx.Node) -> list[tuple[fx.Node, Place]]:
         """Return what is joined, and where each part of it belongs."""
         place = self._place(node)
         parts: Any = node.args[0]
@@ -267,23 +201,20 @@ class NativeWriter:
             examples = place.example.unbind(dimension)
         else:
             examples = place.example.split([part.meta["val"].shape[dimension] for part in parts], dimension)
-        return [
-            (part, replace(place, example=example))
-            for part, example in zip(parts, examples, strict=True)
-        ]
+        return [(part, replace(place, example=example)) for part, example in zip(parts, examples, strict=True)]
 
     # What is done.
 
     def _node(self, node: fx.Node) -> None:
-        if node.target in _PRODUCTS and not node.kwargs:
+        if node.target in PRODUCTS and not node.kwargs:
             self._product(node)
-        elif node.target in _JOINING:
+        elif node.target in JOINING:
             for part, place in self._parts(node):
                 if not _same_memory(self._place(part), place):
                     self._each("{0}", [part], place, part.meta["val"].shape)
-        elif node.target in _EXPRESSIONS and not node.kwargs:
+        elif node.target in EXPRESSIONS and not node.kwargs:
             place = self._place(node)
-            self._each(_EXPRESSIONS[node.target], node.args, place, node.meta["val"].shape)
+            self._each(EXPRESSIONS[node.target], node.args, place, node.meta["val"].shape)
         elif not is_view(node):
             raise NoNativeForm(str(node.target))
 
@@ -310,9 +241,9 @@ class NativeWriter:
             ]
         )
 
-    def _each(self, expression: str, arguments: Sequence[Any], out: _Place, shape: Sequence[int]) -> None:
+    def _each(self, expression: str, arguments: Sequence[Any], out: Place, shape: Sequence[int]) -> None:
         """Write an elementwise operation, row by row."""
-        places: list[_Place] = [out]
+        places: list[Place] = [out]
         texts: list[str] = []
         for argument in arguments:
             if isinstance(argument, fx.Node):
@@ -373,79 +304,7 @@ class NativeWriter:
         )
 
 
-@dataclass
-class PassWriter(NativeWriter):
-    """Writes elementwise operations that follow one another in a stage that runs once, as one pass over the rows."""
-
-    made: Sequence[fx.Node] = ()
-    """Those that others take."""
-    nodes: Sequence[fx.Node] = ()
-
-    def _found(self, node: fx.Node) -> Any:
-        if is_view(node):
-            return self._viewed(node)
-        if node.op == "get_attr":
-            return self._constant(node, [])
-        if node in self.nodes and node not in self.made:
-            return replace(self._scratch(node), passing=True)
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.dtype is not torch.float32 or value.device.type != "cpu":
-            raise NoNativeForm(node.name)
-        name = self._argument(Role.PART, node.name, "float", None)
-        dimension, each = self.joint.rows.get(node, (0, 0))
-        if dimension != 0:
-            raise NoNativeForm(node.name)
-        return _Place(name, torch.empty(value.shape), each, value.numel() // SIZES[0] if each else 0)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Operations that are done in one pass: what they are, what they take, what others take of them, and the code."""
-
-    nodes: Sequence[fx.Node]
-    taken: Sequence[fx.Node]
-    made: Sequence[fx.Node]
-    code: NativeCode
-
-
-FEWEST = 3
-"""Operations from which on a pass is compiled: each saves a call and that what it makes goes through memory."""
-
-
-def passes(joint: Joint, nodes: Sequence[fx.Node], own: Mapping[fx.Node, Stage], stage: Stage) -> list[Pass]:
-    """Return the passes among the operations of a stage, given in order."""
-    found: list[Pass] = []
-    for elementwise, run in itertools.groupby(nodes, lambda node: _is_elementwise(joint, node)):
-        together = list(run)
-        if elementwise and len(together) >= FEWEST:
-            made = [node for node in together if not _taken_within(node, together)]
-            writer = PassWriter(joint, own, stage, {}, [], {}, {}, made=made, nodes=together)
-            with contextlib.suppress(NoNativeForm):
-                code = writer.code(together, [])
-                names = [what for role, what in code.arguments if role is Role.PART]
-                taken = [node for node in joint.graph.nodes if node.name in names and node not in together]
-                found.append(Pass(together, taken, made, code))
-    return found
-
-
-def _is_elementwise(joint: Joint, node: fx.Node) -> bool:
-    held = [node, *node.all_input_nodes]
-    known = node.target in _EXPRESSIONS or node.target in _JOINING
-    return known and not node.kwargs and joint.keeps_rows_first(node) and all(map(_is_float, held))
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return not isinstance(value, Tensor) or (value.dtype is torch.float32 and value.device.type == "cpu")
-
-
-def _taken_within(node: fx.Node, together: Sequence[fx.Node]) -> bool:
-    """Say whether operations of a pass alone take a value."""
-    users = _users(node)
-    return bool(users) and all(user in together for user in users)
-
-
-def _users(node: fx.Node) -> list[fx.Node]:
+def users_of(node: fx.Node) -> list[fx.Node]:
     """Return the operations that take a value or views of it."""
     found: list[fx.Node] = []
     waiting = [node]
@@ -455,14 +314,16 @@ def _users(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _at(place: _Place) -> str:
+def _at(place: Place) -> str:
     return f"{place.argument} + {place.example.storage_offset()}" if place.example.storage_offset() else place.argument
 
 
-def _same_memory(one: _Place, other: _Place) -> bool:
+def _same_memory(one: Place, other: Place) -> bool:
     if one.argument != other.argument or one.example.shape != other.example.shape:
         return False
-    apart = [s != t for n, s, t in zip(one.example.shape, one.example.stride(), other.example.stride(), strict=True) if n > 1]
+    apart = [
+        s != t for n, s, t in zip(one.example.shape, one.example.stride(), other.example.stride(), strict=True) if n > 1
+    ]
     return one.example.storage_offset() == other.example.storage_offset() and not any(apart)
 
 
@@ -472,11 +333,14 @@ def _loop(step: list[str]) -> list[str]:
     return ["for (int64_t r = 0; r < n; r++) {", *step[1:], "}"]
 
 
-def _inner(place: _Place, shape: Sequence[int], each: int) -> list[tuple[int, int]]:
+def _inner(place: Place, shape: Sequence[int], each: int) -> list[tuple[int, int]]:
     """Return sizes and strides within an invocation of a value that is broadcast to a shape."""
     if place.each not in (0, each):
         raise NoNativeForm("rows of several kinds")
-    wide = place.example.expand(tuple(shape))
+    try:
+        wide = place.example.expand(tuple(shape))
+    except RuntimeError as error:
+        raise NoNativeForm(str(error)) from error
     first = (each, wide.stride(0))
     if place.each and each * wide.stride(0) != place.step:
         raise NoNativeForm("rows that lie apart")

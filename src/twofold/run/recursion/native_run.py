@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,13 +20,11 @@ ROWS_OF_TABLES = 1
 """What native code is told of values whose rows are those of tables, and not those of a block."""
 
 
-def native_function(
-    code: NativeCode | None, rows: int, device: torch.device
-) -> Callable[..., None] | None:
+def native_function(code: NativeCode | None, rows: int, device: torch.device) -> Callable[..., None] | None:
     """Return a compiled function, if it is there and to be used for so many rows at once.
 
-    It runs on one thread. Where there are more, levels of many rows are left to PyTorch's kernels, which share them out.
-    Where products may be rounded to fewer bits, they are PyTorch's too.
+    It runs on one thread. Where there are more, many rows are left to PyTorch's kernels, which share them out. Where
+    products may be rounded to fewer bits, they are PyTorch's too.
     """
     if code is None or device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
         return None
@@ -38,7 +35,8 @@ def native_function(
 
 def may_run(code: StageCode, rows: int, device: torch.device) -> bool:
     """Say whether the passes of a stage are compiled and to be used for a batch."""
-    return all([native_function(each, rows, device) is not None for each in code.passes])
+    found = [native_function(each, rows, device) for each in code.passes]  # all of them, so that all are ordered
+    return None not in found
 
 
 class OnePass:

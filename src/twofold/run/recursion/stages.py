@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from .factors import Link, Table, hoist_factors, join_children, join_gradients, join_views
-from .native import NativeWriter, NoNativeForm, passes
+from .native import NativeWriter, NoNativeForm
 from .parts import BY_LEVEL, Crossing, NativeCode, Stage, StageCode, Staged, is_view
+from .passes import passes
 from .vectorize import Joint, NotBatchableError, Rows
 from .views import in_place
 from .writer import Writer, writes

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from .factors import Link
-from .native import Pass
 from .native_run import OnePass
 from .parts import BY_LEVEL, Crossing, Fixed, Role, Stage, StageCode, View, is_view
+from .passes import Pass
 from .vectorize import Joint, NotBatchableError, Rows
 from .views import chain_to, keeps_rows
 
