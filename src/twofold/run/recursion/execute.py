@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .factors import Link, Table
-from .native_run import ROWS_OF_TABLES, Native, may_run, native_function
+from .native_run import Native, may_run, native_function, part
 from .parts import Crossing, Role, Stage, StageCode, Staged, View
 from .requests import Leaving
 from .schedule import Group, Named, Schedule, Segment, Use
@@ -44,6 +44,8 @@ class GroupRun:
     tangents: dict[str, Table] = field(default_factory=dict[str, Table])
     """For each name of a tangent that comes from a table of gradients: which."""
     parts: dict[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
+    relieving: Callable[..., None] | None = None
+    """The native code of its levels backward that does what is then left out before them."""
     sizes: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     """How many rows there are at each level, by how many belong to an invocation."""
 
@@ -109,13 +111,22 @@ class Run:
     def _once(self, run: GroupRun, stage: Stage) -> None:
         """Run a stage for all invocations of a block."""
         code = run.staged.stages[stage]
-        if code.in_passes is not None and may_run(code, run.rows, self._schedule.device):
+        if stage is Stage.TURN:
+            run.relieving = self._relieving(run)
+        if code.relieved is not None and run.relieving is not None:
+            code = code.relieved
+        elif code.in_passes is not None and may_run(code, run.rows, self._schedule.device):
             code = code.in_passes
         for crossing in code.kept:
             run.whole[crossing.name] = self._room_for_all(run, crossing)
         if code.given or code.kept:
             taken = [self._whole(run, crossing) for _, crossing in code.arguments]
             run.whole.update(zip(code.given, code.run(run.rows, *taken), strict=True))
+
+    def _relieving(self, run: GroupRun) -> Callable[..., None] | None:
+        """Return native code of the levels backward that relieves the stage before; None if it does not run."""
+        most = max(segment.rows for segment in run.group.segments)
+        return native_function(run.staged.stages[Stage.BACK].relieving, most, self._schedule.device)
 
     def _levels(self, stage: Stage, levels: Iterable[list[Segment]]) -> None:
         """Run a stage level by level."""
@@ -138,11 +149,12 @@ class Run:
         for crossing in code.kept:
             self._make_room(run, crossing)
         most = max(segment.rows for segment in run.group.segments)
-        function = native_function(code.native, most, self._schedule.device)
-        if function is not None and code.native is not None:
+        native = code.native if run.relieving is None or code.relieving is None else code.relieving
+        function = run.relieving if native is code.relieving else native_function(native, most, self._schedule.device)
+        if function is not None and native is not None:
             for name, view in code.inside.items():
                 run.whole[name] = view.make(run.rows, run.whole[view.crossing.name])
-            given = [self._memory(run, role, what) for role, what in code.native.arguments]
+            given = [self._memory(run, role, what) for role, what in native.arguments]
             return Native(function, given, run.group.segments), ()
         for crossing in code.kept:
             run.parts[crossing.name] = self._room_by_level(run, crossing)
@@ -218,11 +230,9 @@ class Run:
         match role:
             case Role.PART:
                 name = what.name
-                if name in run.tables:
-                    return self._tables[run.tables[name]], ROWS_OF_TABLES
-                if name in run.tangents:
-                    return self._gradients[run.tangents[name]], ROWS_OF_TABLES
-                return self._whole(run, what).contiguous(), 0
+                held = self._tables[run.tables[name]] if name in run.tables else None
+                held = self._gradients[run.tangents[name]] if name in run.tangents else held
+                return part(self._whole(run, what) if held is None else held, what.each, held is not None)
             case Role.CONSTANT:
                 held = what.make(what.tensor.detach())
                 held = self._turned(held, run.group.segments)

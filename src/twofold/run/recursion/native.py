@@ -43,14 +43,15 @@ class Place:
     each: int
     step: int
     passing: bool = False
+    apart: str = ""
+    """How many elements lie from one invocation to the next in memory, if that is told with a batch."""
 
     @property
     def row(self) -> str:
         """Where row `r` begins."""
         start = f" + {self.example.storage_offset()}" if self.example.storage_offset() else ""
-        return (
-            f"{self.argument}{start}" if self.passing or not self.step else f"{self.argument}{start} + r * {self.step}"
-        )
+        moving = f" + r * {self.apart or self.step}" if self.step and not self.passing else ""
+        return f"{self.argument}{start}{moving}"
 
 
 @dataclass
@@ -96,14 +97,14 @@ class NativeWriter:
 
     # Where values are.
 
-    def _argument(self, role: Role, what: Any, kind: str, step: int | None) -> str:
+    def _argument(self, role: Role, what: Any, kind: str, step: int | str | None) -> str:
         """Return the name of an argument. `step`: elements from row to row if a level begins at its own first row."""
         known = self.arguments.get((role, what))
         if known is None:
             number = len(self.arguments)
             known = self.arguments[role, what] = f"a{number}"
             # Rows of tables are counted apart from those of a block's values.
-            offset = "" if step is None else f" + segment[flags[{number}]] * {step}"
+            offset = "" if step is None else f" + segment[flags[{number}] & 1] * {step}"
             self.heads.append(f"{kind}* {known} = ({kind}*)given[{number}]{offset};")
         return known
 
@@ -130,8 +131,14 @@ class NativeWriter:
         if crossing.dimension != 0:
             raise NoNativeForm(node.name)
         step = crossing.each * math.prod(crossing.shape)
-        name = self._argument(Role.PART, crossing, "float", step)
-        return Place(name, torch.empty(node.meta["val"].shape), crossing.each, step)
+        if self.stages.get(node) is self.stage:
+            name = self._argument(Role.PART, crossing, "float", step)
+            return Place(name, torch.empty(node.meta["val"].shape), crossing.each, step)
+        # Rows of what others made may lie apart: they may be a part of other rows.
+        known = self.arguments.get((Role.PART, crossing))
+        apart = f"(flags[{len(self.arguments) if known is None else known[1:]}] >> 1)"
+        name = self._argument(Role.PART, crossing, "float", apart)
+        return Place(name, torch.empty(node.meta["val"].shape), crossing.each, step, apart=apart)
 
     def _viewed(self, node: fx.Node) -> Any:
         source: Any = node.args[0]
@@ -233,11 +240,13 @@ class NativeWriter:
         if bias and self._place(bias[0]).argument == b.argument:  # type: ignore[arg-type]
             raise NoNativeForm(node.name)
         self.matrices.add(b.argument)
+        if a.apart and a.each != 1:
+            raise NoNativeForm(node.name)
         turned = f"flags[{list(self.arguments.values()).index(b.argument)}]"
         self.steps.append(
             [
-                f"product(gemm, n * {a.each}, {width}, {depth}, {_at(a)}, {a.example.stride(0)}, {_at(b)}, {turned},"
-                f" {_at(c)}, {c.example.stride(0)}, {float(bool(bias))}f);"
+                f"product(gemm, n * {a.each}, {width}, {depth}, {_at(a)}, {a.apart or a.example.stride(0)},"
+                f" {_at(b)}, {turned}, {_at(c)}, {c.example.stride(0)}, {float(bool(bias))}f);"
             ]
         )
 
@@ -288,7 +297,7 @@ class NativeWriter:
         row = place.step // each
         if place.each != each or place.example.stride(0) != row or not place.example[0].is_contiguous():
             raise NoNativeForm(node.name)
-        if place.example[0].numel() != row:
+        if place.example[0].numel() != row or (place.apart and each > 1):
             raise NoNativeForm(node.name)
         table = self._argument(Role.GRADIENTS, link, "float", None)
         rows = self._argument(Role.OWED, link, "int64_t", each)
@@ -296,7 +305,7 @@ class NativeWriter:
         self.steps.append(
             [
                 f"for (int64_t r = 0; r < n * {each}; r++) {{",
-                f"    float *to = {table} + {rows}[r] * {row}, *from = {_at(place)} + r * {row};",
+                f"    float *to = {table} + {rows}[r] * {row}, *from = {_at(place)} + r * {place.apart or row};",
                 f"    if ({once}) memcpy(to, from, {4 * row});",
                 f"    else for (int64_t i = 0; i < {row}; i++) to[i] += from[i];",
                 "}",

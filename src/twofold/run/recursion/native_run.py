@@ -16,8 +16,15 @@ from .parts import NativeCode, Role, StageCode
 from .schedule import Segment
 from .vectorize import SIZES
 
-ROWS_OF_TABLES = 1
-"""What native code is told of values whose rows are those of tables, and not those of a block."""
+
+def part(rows: Tensor, each: int, of_table: bool) -> tuple[Tensor, int]:
+    """Return rows for native code to read or write, and what it is told of them.
+
+    That is twice the number of elements from one invocation, which has `each` rows, to the next; and one more where
+    the rows are those of a table, and not those of a block.
+    """
+    rows = rows if rows[:each].is_contiguous() else rows.contiguous()
+    return rows, 2 * each * rows.stride(0) + of_table
 
 
 def native_function(code: NativeCode | None, rows: int, device: torch.device) -> Callable[..., None] | None:
@@ -54,13 +61,14 @@ class OnePass:
     def __call__(self, n: int, *taken: Tensor) -> list[Tensor]:
         """Return what is made, for `n` invocations."""
         made = [torch.empty((n * each, *rest)) for each, *rest in self._shapes]
-        tensors = [*(tensor.contiguous() for tensor in taken), *made]
+        tensors = [*(t if t[:1].is_contiguous() else t.contiguous() for t in taken), *made]
         held = [tensors[place] if type(place) is int else self._other(*place) for place in self._places]  # type: ignore[misc]
         given = (ctypes.c_void_p * len(held))(*(tensor.data_ptr() for tensor in held))
+        apart = (ctypes.c_int64 * len(held))(*(t.stride(0) * (len(t) // n) if t.dim() else 0 for t in held))
         rows = (ctypes.c_int64 * 3)(0, 0, n)
         function = self._code.ready()
         assert function is not None
-        function(rows, 0, 1, 1, given, None, None)
+        function(rows, 0, 1, 1, given, apart, None)
         return made
 
     def _other(self, role: Role, what: Any) -> Tensor:

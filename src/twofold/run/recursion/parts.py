@@ -154,6 +154,10 @@ class StageCode:
     """The same with elementwise operations done in compiled passes."""
     passes: Sequence[NativeCode] = ()
     """The code that this needs."""
+    relieved: StageCode | None = None
+    """The same without what native code of `BACK` does by itself, a level at a time."""
+    relieving: NativeCode | None = None
+    """Native code of `BACK` that does so."""
 
 
 @dataclass

@@ -43,7 +43,9 @@ class PassWriter(NativeWriter):
         dimension, each = self.joint.rows.get(node, (0, 0))
         if dimension != 0:
             raise NoNativeForm(node.name)
-        return Place(name, torch.empty(value.shape), each, value.numel() // SIZES[0] if each else 0)
+        step = value.numel() // SIZES[0] if each else 0
+        apart = f"flags[{list(self.arguments).index((Role.PART, node.name))}]"
+        return Place(name, torch.empty(value.shape), each, step, apart=apart)
 
 
 @dataclass(frozen=True)

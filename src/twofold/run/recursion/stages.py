@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from .factors import Link, Table, hoist_factors, join_children, join_gradients, join_views
-from .native import NativeWriter, NoNativeForm
+from .native import NativeWriter, NoNativeForm, users_of
 from .parts import BY_LEVEL, Crossing, NativeCode, Stage, StageCode, Staged, is_view
-from .passes import passes
+from .passes import Pass, passes
 from .vectorize import Joint, NotBatchableError, Rows
 from .views import in_place
 from .writer import Writer, writes
@@ -106,6 +106,8 @@ class Cut:
     owed: list[tuple[Link, fx.Node]] = field(default_factory=list[tuple[Link, fx.Node]])
     gathered: set[fx.Node] = field(default_factory=set[fx.Node])
     crossings: dict[fx.Node, Crossing] = field(default_factory=dict[fx.Node, Crossing])
+    moved: list[fx.Node] = field(default_factory=list[fx.Node])
+    """What the levels backward do by themselves where they are native."""
 
     def staged(self, differentiate: bool, chained: frozenset[Table]) -> Staged:
         """Return the block cut into stages; without `differentiate`, the forward ones alone.
@@ -258,13 +260,36 @@ class Cut:
                 writer.name(node)
             code.in_passes = writer.code(returned, self.crossings)
             code.passes = [each.code for each in found]
+            if stage is Stage.TURN:
+                self._relieve(code, found, nodes, returned)
+        if stage is Stage.BACK and code.native is not None and self.moved:
+            code.relieving = self._native(stage, [*self.moved, *nodes], kept, inside)
         return code
+
+    def _relieve(self, code: StageCode, found: list[Pass], nodes: list[fx.Node], returned: list[fx.Node]) -> None:
+        """Leave to the levels backward what they alone take: so it need not go through memory for all rows."""
+        wanted = {node for group in self.joint.wanted for node in group}
+        for each in found:
+            users = [user for node in each.made for user in users_of(node)]
+            if any(self.stage.get(user) is not Stage.BACK for user in users) or not wanted.isdisjoint(each.made):
+                continue
+            self.moved = list(each.nodes)
+            writer = Writer(self.joint, self.stage, Stage.TURN, self.children, [], {})
+            for node in nodes:
+                if node not in each.nodes:
+                    writer.node(node)
+            rest = [node for node in returned if node not in each.made]
+            for node in rest:
+                writer.name(node)
+            code.relieved = writer.code(rest, self.crossings)
+            return
 
     def _native(
         self, stage: Stage, nodes: list[fx.Node], kept: list[fx.Node], inside: dict[fx.Node, fx.Node]
     ) -> NativeCode | None:
         """Return a stage as C++, if it can be."""
-        writer = NativeWriter(self.joint, self.stage, stage, self.children, kept, inside, self.crossings)
+        stages = {**self.stage, **dict.fromkeys(nodes, stage)}
+        writer = NativeWriter(self.joint, stages, stage, self.children, kept, inside, self.crossings)
         try:
             return writer.code(nodes, self.owed if stage is Stage.BACK else [])
         except NoNativeForm:
