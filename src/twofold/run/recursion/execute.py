@@ -52,6 +52,8 @@ class GroupRun:
     @classmethod
     def of(cls, group: Group, staged: Staged, columns: Sequence[Tensor]) -> GroupRun:
         """Begin with the host values of all invocations."""
+        if group.block.tensors and group.block.tensors[0].device.type == "cpu":
+            staged.note_batch()
         run = cls(group, staged, group.block.parameters, dict(zip(staged.hosts, columns, strict=True)))
         run.tables = {staged.outputs[output]: table for output, table in staged.written.items()}
         names = {staged.tangents[output]: table for output, table in staged.written.items()}
@@ -246,7 +248,8 @@ class Run:
             case Role.CHILDREN | Role.OWED:
                 return self._schedule.index(Named(Use.CHILDREN, run.places(what), run.group.number)), 0
             case Role.SCRATCH:
-                return torch.empty(what[1] * max(segment.rows for segment in run.group.segments)), 0
+                rows = max(segment.rows for segment in run.group.segments)
+                return torch.empty(what[1] * rows, dtype=torch.float32, device="cpu"), 0
             case _:
                 return self._whole(run, what).contiguous(), 0
 

@@ -60,7 +60,7 @@ class OnePass:
 
     def __call__(self, n: int, *taken: Tensor) -> list[Tensor]:
         """Return what is made, for `n` invocations."""
-        made = [torch.empty((n * each, *rest)) for each, *rest in self._shapes]
+        made = [torch.empty((n * each, *rest), dtype=torch.float32, device="cpu") for each, *rest in self._shapes]
         tensors = [*(t if t[:1].is_contiguous() else t.contiguous() for t in taken), *made]
         held = [tensors[place] if type(place) is int else self._other(*place) for place in self._places]  # type: ignore[misc]
         given = (ctypes.c_void_p * len(held))(*(tensor.data_ptr() for tensor in held))
@@ -73,7 +73,7 @@ class OnePass:
 
     def _other(self, role: Role, what: Any) -> Tensor:
         if role is Role.SCRATCH:
-            return torch.empty(what[1])
+            return torch.empty(what[1], dtype=torch.float32, device="cpu")
         return what.make(what.tensor.detach()).contiguous()
 
 

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 PATIENCE = 4
-"""Batches that a stage runs from Python before it is compiled: few programs stop there, and it takes a core for 1 s."""
+"""Batches that a stage runs from Python before native code is written, some 0.1 s, and compiled, 1 s of a core."""
 
 
 class Stage(IntEnum):
@@ -118,13 +118,10 @@ class NativeCode:
     arguments: list[tuple[Role, Any]]
     widest: int
     """Elements that an operation makes of an invocation, at most."""
-    batches: int = 0
-    """How many batches could have run it."""
 
     def ready(self) -> Callable[..., None] | None:
-        """Return the compiled function; None until it is there. It is ordered when batches have come often enough."""
-        self.batches += 1
-        return cpu_code.ordered(self.text) if self.batches > PATIENCE else None
+        """Return the compiled function; None until it is there. It is ordered when it is asked for."""
+        return cpu_code.ordered(self.text)
 
 
 @dataclass(frozen=True)
@@ -179,6 +176,18 @@ class Staged:
     """Which outputs are written to which table."""
     constants: list[Tensor]
     """The tensors that it holds from outside."""
+    later: list[Callable[[], None]]
+    """What adds native code to the stages."""
+    batches: int = 0
+    """How many batches of the block ran so."""
+
+    def note_batch(self) -> None:
+        """Take note of a batch on a CPU. When they have come often enough, native code is written."""
+        self.batches += 1
+        if self.batches > PATIENCE:
+            for write in self.later:
+                write()
+            self.later.clear()
 
     @cached_property
     def backward(self) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +108,8 @@ class Cut:
     crossings: dict[fx.Node, Crossing] = field(default_factory=dict[fx.Node, Crossing])
     moved: list[fx.Node] = field(default_factory=list[fx.Node])
     """What the levels backward do by themselves where they are native."""
+    later: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    """What adds native code to the stages, in order."""
 
     def staged(self, differentiate: bool, chained: frozenset[Table]) -> Staged:
         """Return the block cut into stages; without `differentiate`, the forward ones alone.
@@ -134,6 +136,7 @@ class Cut:
             chained,
             self.written,
             list(joint.constants.values()),
+            self.later,
         )
 
     def _rewrite(self, differentiate: bool) -> list[Link]:
@@ -250,6 +253,19 @@ class Cut:
         for node in returned:
             writer.name(node)
         code = writer.code(returned, self.crossings)
+        self.later.append(lambda: self._write_native(stage, code, nodes, kept, inside, returned))
+        return code
+
+    def _write_native(
+        self,
+        stage: Stage,
+        code: StageCode,
+        nodes: list[fx.Node],
+        kept: list[fx.Node],
+        inside: dict[fx.Node, fx.Node],
+        returned: list[fx.Node],
+    ) -> None:
+        """Add native code to a stage, those before it first."""
         if stage in BY_LEVEL and not returned and (kept or self.owed):
             code.native = self._native(stage, nodes, kept, inside)
         if stage not in BY_LEVEL and (found := passes(self.joint, nodes, self.stage, stage)):
@@ -264,7 +280,6 @@ class Cut:
                 self._relieve(code, found, nodes, returned)
         if stage is Stage.BACK and code.native is not None and self.moved:
             code.relieving = self._native(stage, [*self.moved, *nodes], kept, inside)
-        return code
 
     def _relieve(self, code: StageCode, found: list[Pass], nodes: list[fx.Node], returned: list[fx.Node]) -> None:
         """Leave to the levels backward what they alone take: so it need not go through memory for all rows."""

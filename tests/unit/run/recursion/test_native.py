@@ -86,6 +86,22 @@ def test_levels_and_passes_equal_plain_python(monkeypatch: pytest.MonkeyPatch, a
     torch.testing.assert_close(found, lstm_gradients(plain, summed), rtol=1e-4, atol=1e-5)
 
 
+def test_the_default_dtype_changes_nothing(monkeypatch: pytest.MonkeyPatch, at_once: None) -> None:
+    passes = counted(monkeypatch, native_run.OnePass, "__call__")
+
+    def use(encode: Any, trees: list[Any]) -> Tensor:
+        torch.set_default_dtype(torch.float64)
+        try:
+            total = summed(encode, trees)
+            return total + 0.0 * total.item()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    found = lstm_gradients(twofold.subgraph, use)
+    assert passes
+    torch.testing.assert_close(found, lstm_gradients(plain, use), rtol=1e-4, atol=1e-5)
+
+
 def test_a_planted_fault_is_seen(monkeypatch: pytest.MonkeyPatch, at_once: None) -> None:
     target = torch.ops.aten.tanh_backward.default
     monkeypatch.setitem(native_text.EXPRESSIONS, target, "{0} * (1.01f - {1} * {1})")
