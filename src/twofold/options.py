@@ -126,8 +126,12 @@ def _check_available(backend: Backend) -> None:
 
 def has_cpp_compiler() -> bool:
     """Whether Inductor will find a C++ compiler: the one named by ``CXX``, else ``g++``."""
-    command = shlex.split(os.environ.get("CXX") or "g++")
-    return shutil.which(command[0]) is not None
+    return shutil.which(shlex.split(cpp_compiler())[0]) is not None
+
+
+def cpp_compiler() -> str:
+    """Return the command of the C++ compiler."""
+    return os.environ.get("CXX") or "g++"
 
 
 def has_allocator_settings() -> bool:

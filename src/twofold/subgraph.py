@@ -57,17 +57,21 @@ class SubGraphFunction(Recursive):
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Call the function: its tensors are computed when a value is needed, those of several calls together."""
-        return self._call([(arguments, keywords)])[0]
+        program = self._usable()
+        if program is None or program.slices.fetches:
+            return self._answered(program, [(arguments, keywords)])[0]
+        with unwatched():
+            return program.call([self._positional(arguments, keywords)])[0]
 
     def map(self, *structures: Iterable[Any]) -> list[Any]:
         """Return the results for each structure, or each row of several iterables; their tensors are computed together.
 
         Where the way through the function depends on values of tensors, so are those of several calls here alone.
         """
-        return self._call([(arguments, {}) for arguments in zip(*structures, strict=False)])
+        calls: list[Any] = [(arguments, {}) for arguments in zip(*structures, strict=False)]
+        return self._answered(self._usable(), calls)
 
-    def _call(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
-        program = self._usable()
+    def _answered(self, program: Program | None, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
         if program is not None:
             try:
                 with unwatched():
@@ -162,6 +166,8 @@ class _World:
     def __init__(self, converted: Converted, slices: Slices) -> None:
         self._outer = list({outer.key: outer for outer in (*converted.assumed, *slices.assumed)}.values())
         modules = [o.object for o in self._outer if isinstance(o.object, torch.nn.Module)]
+        self._reads = [outer.read for outer in self._outer]
+        self._objects = [outer.object for outer in self._outer]
         self._modules = list({id(part): part for module in modules for part in module.modules()}.values())
         self._contents = [held.values() for part in self._modules for held in _CONTENTS(part)]
         self._state = self._read_state()
@@ -169,8 +175,13 @@ class _World:
     def holds(self) -> bool:
         """Say whether all of it is as it was."""
         state = self._read_state()
-        same = len(state) == len(self._state) and all(map(operator.is_, state, self._state))
-        return same and all(map(_unchanged, self._outer))
+        if len(state) != len(self._state) or not all(map(operator.is_, state, self._state)):
+            return False
+        try:
+            now = [read() for read in self._reads]
+        except _GONE:
+            return False
+        return all(map(operator.is_, now, self._objects)) or all(map(_unchanged, self._outer))
 
     def changed_numbers(self) -> frozenset[tuple[Any, ...]]:
         """Return the keys of numbers that are no longer what they were."""
@@ -195,13 +206,15 @@ _CONTENTS = operator.attrgetter(
 )
 """Of a module: its parameters, its own modules, and what is called beside its forward and backward."""
 
+_GONE = (AttributeError, KeyError, ValueError)
+"""What reading an object raises that is no longer there."""
 _COMPARED = (int, float, str, MethodType)
 
 
 def _unchanged(outer: Outer) -> bool:
     try:
         now = outer.read()
-    except (AttributeError, KeyError, ValueError):
+    except _GONE:
         return False
     return now is outer.object or (type(now) is type(outer.object) in _COMPARED and now == outer.object)
 

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import CodeType, FunctionType
 from typing import Any, Protocol
 
@@ -145,13 +145,19 @@ def is_watched() -> bool:
     return _current.watch is not None
 
 
-@contextmanager
-def unwatched() -> Generator[None]:
+def unwatched() -> AbstractContextManager[None]:
     """Run Twofold's own work so that the `Watch` of this thread, if it is the first to be told, does not hear it."""
     watch = _current.watch
     if watch is None or not _mode_count() or _mode_at(_mode_count() - 1) is not watch:
-        yield
-        return
+        return _AS_IT_IS  # at each call of a recursive function: a generator took 2 µs of its 40
+    return _taken_off(watch)
+
+
+_AS_IT_IS = nullcontext()
+
+
+@contextmanager
+def _taken_off(watch: Watch) -> Generator[None]:
     _pop_mode()
     try:
         yield

@@ -20,7 +20,7 @@ from .autograd import differentiable_run
 from .blocks import RunnableBlock
 from .captured import Work, place
 from .captures import Captures
-from .deferred import PENDING, Deferred, defer, fill
+from .deferred import PENDING, Deferred, Sum, defer, fill, held_once
 from .factors import Table
 from .known import GivenPile, Known, make_part, needed_for, own, split_off
 from .prepare import Column, SumBroken, Tables, column, sample, stage_group
@@ -61,7 +61,7 @@ class Batch:
         self.levels: list[int] = []
         """Of each invocation. Planners add to it as `emit` does."""
         self._piles: dict[RunnableBlock, Pile] = {}
-        self._wanted: list[tuple[Request, weakref.ref[Deferred]]] = []
+        self._wanted: list[_Wanted] = []
         self._keepers: dict[int, RunnableBlock] = {}
         """The blocks of invocations of which the host keeps tensors."""
         self._versions: Sequence[int] = ()
@@ -97,7 +97,7 @@ class Batch:
             pile.drop(mark)
         del self.levels[mark:]
         self._known = {number: known for number, known in self._known.items() if number < mark}
-        self._wanted = [wanted for wanted in self._wanted if wanted[0].task < mark]
+        self._wanted = [wanted for wanted in self._wanted if wanted[0] < mark]
         self._keepers = {number: block for number, block in self._keepers.items() if number < mark}
 
     def pile(self, block: RunnableBlock) -> Pile:
@@ -153,25 +153,28 @@ class Batch:
     def want(self, block: RunnableBlock, number: int, output: int, deferred: Deferred) -> None:
         """Have a deferred tensor filled in with an output of an invocation."""
         deferred.place = self, number, block.function, block.block.results[output]
-        self._wanted.append((Request(number, output), weakref.ref(deferred)))
+        self._wanted.append((number, output, weakref.ref(deferred)))
 
-    def result(self, number: int, output: int) -> Deferred:
-        """Return a result of an invocation of the program's function; what the host keeps of it is the same object."""
-        kept = self._kept(number, output)
-        if kept is not None:
-            return kept
-        deferred = defer()
-        deferred.place = self, number, self._program.name, self._program.results[output]
-        self._wanted.append((Request(number, output), weakref.ref(deferred)))
-        return deferred
+    def results(self, number: int) -> list[Deferred]:
+        """Return what an invocation of the program's function returns; what the host keeps of it is the same object."""
+        found: list[Deferred] = []
+        name = self._program.name
+        for output, result in enumerate(self._program.results):
+            kept = self._kept(number, output) if self._keepers else None
+            if kept is None:
+                kept = defer()
+                kept.place = self, number, name, result
+                self._wanted.append((number, output, weakref.ref(kept)))
+            found.append(kept)
+        return found
 
     def _kept(self, number: int, output: int) -> Deferred | None:
         block = self._keepers.get(number)
         if block is None:
             return None
         outputs = block.block.body.outputs
-        for request, reference in reversed(self._wanted):
-            if request.task == number and outputs[request.output] is outputs[output]:
+        for task, other, reference in reversed(self._wanted):
+            if task == number and outputs[other] is outputs[output]:
                 return reference()
         return None
 
@@ -190,8 +193,8 @@ class Batch:
 
     # At the flush.
 
-    def flush(self) -> None:
-        """Compute all invocations and fill in the tensors that are still held.
+    def flush(self, sums: Sequence[Sum] = ()) -> None:
+        """Compute all invocations and fill in the tensors that are still held; the terms of sums as one tensor each.
 
         While a call is being planned (its own Python asks for a value) the invocations stay, since others will take
         results from them, and are computed again with those.
@@ -202,8 +205,13 @@ class Batch:
         shared, tensors = self._shared, self._held
         if not self._planning:
             self._clear()
-        held = [(request, deferred) for request, ref in wanted if (deferred := ref()) is not None]
+        joined = [] if known or self._planning else [total for total in sums if self._computes(total)]
+        others = {id(term) for total in joined for term in _tensors(total)}
+        held = [(Request(task, output), kept) for task, output, ref in wanted if (kept := ref()) is not None]
+        held = [(request, kept) for request, kept in held if id(kept) not in others] if others else held
         requests = list(dict.fromkeys(request for request, _ in held if request.task not in known))
+        terms = [[self._request(term) for term in _tensors(total)] for total in joined]
+        leaving = Bundles.of(requests, terms)
         if piles:
             self._check_versions(versions, tensors)
         found: dict[Request, Any] = {}
@@ -213,12 +221,33 @@ class Batch:
                 part = make_part(piles, known, self._program.given)
                 piles, levels, local, shared = part.piles, part.levels, part.local, True
             with torch.set_grad_enabled(self._grad):
-                asked = [Request(local[request.task], request.output) for request in requests]
-                found = dict(zip(requests, self._compute(piles, levels, asked, shared), strict=True))
+                asked = [Request(local[request.task], request.output) for request in leaving.requests]
+                computed = self._compute(piles, levels, replace(leaving, requests=asked), shared)
+                found = dict(zip(requests, computed, strict=False))
+                for total, together in zip(joined, computed[len(requests) :], strict=True):
+                    total.together = together
         for request, deferred in held:
             if request not in found:
                 found[request] = known[request.task].own(request.output)
             fill(deferred, found[request])
+
+    def _request(self, term: Deferred) -> Request:
+        _, number, _, result = term.place
+        return Request(number, self._program.results.index(result))
+
+    def _computes(self, total: Sum) -> bool:
+        """Say whether the terms of a sum are one result of outermost calls, each once, that nobody else holds."""
+        terms = _tensors(total)
+        if not all(type(term) is Deferred for term in terms):
+            return False
+        places = {term.__dict__.get("place") for term in terms}
+        tables = {(place[0], *place[2:]) for place in places if place is not None}
+        if None in places or len(places) < len(terms) or len(tables) != 1:
+            return False
+        batch, *table = tables.pop()
+        sample = self._program.tables.samples.get(tuple(table))  # type: ignore[arg-type]
+        own = batch is self and table[0] == self._program.name and table[1] in self._program.results
+        return own and sample is not None and sample.dtype.is_floating_point and held_once(terms)
 
     def _check_versions(self, versions: Sequence[int], held: Sequence[tuple[Tensor, int]]) -> None:
         if list(versions) != self._program.versions() or any(t._version != version for t, version in held):
@@ -234,15 +263,16 @@ class Batch:
         for pile in self._piles.values():
             pile.drop(0)
 
-    def _compute(self, piles: list[Pile], levels: list[int], requests: list[Request], shared: bool) -> Sequence[Tensor]:
+    def _compute(self, piles: list[Pile], levels: list[int], leaving: Bundles, shared: bool) -> Sequence[Tensor]:
         """Compute invocations; return the requested tensors."""
+        tasks = [request.task for request in leaving.requests]
 
         def together() -> Sequence[Tensor]:
-            return self._together(piles, levels, requests, shared, lambda _: Bundles.singly(requests))[0]
+            return self._together(piles, levels, tasks, shared, lambda _: leaving)[0]
 
         def singly() -> Sequence[Tensor]:
             outputs = one_by_one(piles, len(levels), self._program.tables.samples)
-            return [own(outputs[request.task][request.output]) for request in requests]
+            return leaving.tied([own(outputs[request.task][request.output]) for request in leaving.requests])
 
         return self._batched(piles, together, singly)
 
@@ -287,14 +317,14 @@ class Batch:
         self,
         piles: list[Pile],
         levels: list[int],
-        requests: list[Request],
+        requested: list[int],
         shared: bool,
         leaving: Callable[[Schedule], Bundles],
     ) -> tuple[Sequence[Tensor], Schedule]:
         """Run all invocations level by level. Raises `NotBatchableError`."""
         tables = self._program.tables
         device = next(iter(tables.samples.values())).device
-        schedule = make_schedule(piles, levels, device, [request.task for request in requests], shared)
+        schedule = make_schedule(piles, levels, device, requested, shared)
         bundles = leaving(schedule)
         schedule.requested = [request.task for request in bundles.requests]
         columns = [_columns(group, device) for group in schedule.groups]
@@ -321,6 +351,13 @@ class Batch:
             replace(work, columns=placed).run(), exits, parameters, placed, differentiate
         ), schedule
 
+
+def _tensors(total: Sum) -> list[Any]:
+    return [term for term in total.terms if isinstance(term, Tensor)]
+
+
+_Wanted = tuple[int, int, weakref.ref[Deferred]]
+"""A tensor to be filled in, if it is still held: the invocation, and which of its outputs."""
 
 _CHANGEABLE = (list, tuple, np.ndarray)
 

@@ -12,7 +12,8 @@ import operator
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,8 +35,20 @@ _NOTED: frozenset[Any] = frozenset( { getattr(holder, name) for holder in (torch
 class Source(Protocol):
     """What computes deferred results: the invocations of one function."""
 
-    def flush(self) -> None:
-        """Compute them, and fill in those still in use."""
+    def flush(self, sums: Sequence[Sum]) -> None:
+        """Compute them, and fill in those still in use. It may give the terms of sums of its own results instead."""
+
+
+@dataclass(eq=False)
+class Sum:
+    """Terms that are added up, which nobody else holds; and, where one source computes them all, all in one tensor."""
+
+    terms: Sequence[Any]
+    together: Tensor | None = None
+
+    def value(self) -> Any:
+        """Return the sum. The terms are there."""
+        return _add_up(self.terms) if self.together is None else self.together.sum(0)
 
 
 class Noted(NamedTuple):
@@ -133,9 +146,10 @@ class Pending(threading.local):
         self._flushing = True
         try:
             with ambient_context(_at_the_call()), torch.set_grad_enabled(torch.is_grad_enabled()):
+                operations = list(_sums_at_once(noted))
                 for source in sources:
-                    source.flush()
-                self._carry_out(noted)
+                    source.flush([op.arguments[0] for op in operations if op.function is Sum.value])
+                self._carry_out(operations)
         finally:
             self._flushing = False
 
@@ -144,7 +158,7 @@ class Pending(threading.local):
 
         The caller restores the grad mode.
         """
-        for operation in _sums_at_once(noted):
+        for operation in noted:
             result = operation.result()
             if result is None:
                 continue
@@ -167,7 +181,7 @@ def _sums_at_once(noted: list[Noted]) -> Iterator[Noted]:
         while terms and noted and _adds(noted[-1]) and _alone_takes(noted[-1], operation):
             operation = noted.pop()
             terms.append(operation.arguments[1])
-        yield operation._replace(function=_add_up, arguments=(terms,)) if len(terms) > 2 else operation
+        yield operation._replace(function=Sum.value, arguments=(Sum(terms),)) if len(terms) > 2 else operation
 
 
 def _adds(operation: Noted) -> bool:
@@ -184,12 +198,18 @@ def _alone_takes(later: Noted, operation: Noted) -> bool:
     return result is later.arguments[0] and sys.getrefcount(result) == held_by and later.grad is operation.grad
 
 
-def _add_up(terms: list[Any]) -> Any:
+def _add_up(terms: Sequence[Any]) -> Any:
     tensors = [term for term in terms if isinstance(term, Tensor)]
     first = tensors[0]
     if first.is_floating_point() and all(t.shape == first.shape and t.dtype is first.dtype for t in tensors):
         return torch.stack(tensors).sum(0)
     return functools.reduce(operator.add, terms)
+
+
+def held_once(tensors: Sequence[Deferred]) -> bool:
+    """Say whether nothing but a `Sum`, and this sequence of its terms, holds any of these tensors."""
+    held_by = 4  # both of them, the name here, and the question itself
+    return all(sys.getrefcount(tensor) == held_by for tensor in tensors)
 
 
 def changed() -> bool:

@@ -8,7 +8,9 @@ results and a term of its own (a loss) has no table; the terms are added up at t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .factors import Link, Table
+from .native_run import Native, may_run, native_function, part
 from .parts import Crossing, Role, Stage, StageCode, Staged, View
 from .requests import Leaving
 from .schedule import Group, Named, Schedule, Segment, Use
@@ -41,12 +44,16 @@ class GroupRun:
     tangents: dict[str, Table] = field(default_factory=dict[str, Table])
     """For each name of a tangent that comes from a table of gradients: which."""
     parts: dict[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
+    relieving: Callable[..., None] | None = None
+    """The native code of its levels backward that does what is then left out before them."""
     sizes: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     """How many rows there are at each level, by how many belong to an invocation."""
 
     @classmethod
     def of(cls, group: Group, staged: Staged, columns: Sequence[Tensor]) -> GroupRun:
         """Begin with the host values of all invocations."""
+        if group.block.tensors and group.block.tensors[0].device.type == "cpu":
+            staged.note_batch()
         run = cls(group, staged, group.block.parameters, dict(zip(staged.hosts, columns, strict=True)))
         run.tables = {staged.outputs[output]: table for output, table in staged.written.items()}
         names = {staged.tangents[output]: table for output, table in staged.written.items()}
@@ -106,29 +113,53 @@ class Run:
     def _once(self, run: GroupRun, stage: Stage) -> None:
         """Run a stage for all invocations of a block."""
         code = run.staged.stages[stage]
+        if stage is Stage.TURN:
+            run.relieving = self._relieving(run)
+        if code.relieved is not None and run.relieving is not None:
+            code = code.relieved
+        elif code.in_passes is not None and may_run(code, run.rows, self._schedule.device):
+            code = code.in_passes
         for crossing in code.kept:
             run.whole[crossing.name] = self._room_for_all(run, crossing)
         if code.given or code.kept:
             taken = [self._whole(run, crossing) for _, crossing in code.arguments]
             run.whole.update(zip(code.given, code.run(run.rows, *taken), strict=True))
 
+    def _relieving(self, run: GroupRun) -> Callable[..., None] | None:
+        """Return native code of the levels backward that relieves the stage before; None if it does not run."""
+        most = max(segment.rows for segment in run.group.segments)
+        return native_function(run.staged.stages[Stage.BACK].relieving, most, self._schedule.device)
+
     def _levels(self, stage: Stage, levels: Iterable[list[Segment]]) -> None:
         """Run a stage level by level."""
         bound = [self._bound(run, run.staged.stages[stage]) for run in self._groups]
-        for level in levels:
-            for segment in level:
-                code, arguments = bound[segment.group]
-                if code is not None:
+        segments = itertools.chain.from_iterable(levels)
+        for group, together in itertools.groupby(segments, operator.attrgetter("group")):
+            code, arguments = bound[group]
+            if isinstance(code, Native):
+                code.run(list(together))
+            elif code is not None:
+                for segment in together:
                     returned = code.run(segment.rows, *arguments[segment.number])
                     for name, held in zip(code.given, returned, strict=True):
-                        self._groups[segment.group].parts[name][segment.number] = held  # type: ignore[index]
+                        self._groups[group].parts[name][segment.number] = held  # type: ignore[index]
 
-    def _bound(self, run: GroupRun, code: StageCode) -> tuple[StageCode | None, Sequence[Any]]:
+    def _bound(self, run: GroupRun, code: StageCode) -> tuple[StageCode | Native | None, Sequence[Any]]:
         """Return a stage with what it takes and writes at each level; None if it has nothing to do."""
         if not (code.kept or code.given or any(role is Role.GIVE for role, _ in code.arguments)):
             return None, ()
         for crossing in code.kept:
             self._make_room(run, crossing)
+        most = max(segment.rows for segment in run.group.segments)
+        native = code.native if run.relieving is None or code.relieving is None else code.relieving
+        function = run.relieving if native is code.relieving else native_function(native, most, self._schedule.device)
+        if function is not None and native is not None:
+            for name, view in code.inside.items():
+                run.whole[name] = view.make(run.rows, run.whole[view.crossing.name])
+            given = [self._memory(run, role, what) for role, what in native.arguments]
+            return Native(function, given, run.group.segments), ()
+        for crossing in code.kept:
+            run.parts[crossing.name] = self._room_by_level(run, crossing)
         for name, view in code.inside.items():
             run.whole[name] = view.make(run.rows, run.whole[view.crossing.name])
         for name in code.given:
@@ -156,6 +187,8 @@ class Run:
             case Role.GIVE:
                 once = self._schedule.taken_once(what.table[0])
                 same = Tensor.index_copy_ if once else Tensor.index_add_
+            case Role.SAME | Role.SCRATCH:
+                raise AssertionError(f"{role} is for native code")
         return [same] * len(run.group.segments)
 
     def _views(self, run: GroupRun, view: View) -> Sequence[Tensor]:
@@ -184,11 +217,41 @@ class Run:
     def _make_room(self, run: GroupRun, crossing: Crossing) -> None:
         """Make the rows that a value is written to level by level."""
         if crossing.name in run.tables:
-            run.parts[crossing.name] = run.views(self._room_in_table(run, crossing))
+            self._room_in_table(run, crossing)
             return
         shape = run.rows * crossing.each, *crossing.shape
-        whole = run.whole[crossing.name] = torch.empty(shape, dtype=crossing.dtype, device=crossing.device)
-        run.parts[crossing.name] = run.split(whole, 0, crossing.each)
+        run.whole[crossing.name] = torch.empty(shape, dtype=crossing.dtype, device=crossing.device)
+
+    def _room_by_level(self, run: GroupRun, crossing: Crossing) -> Sequence[Tensor]:
+        if crossing.name in run.tables:
+            return run.views(self._room_in_table(run, crossing))
+        return run.split(run.whole[crossing.name], 0, crossing.each)
+
+    def _memory(self, run: GroupRun, role: Role, what: Any) -> tuple[Tensor, int]:
+        """Return a tensor that native code is given, all rows of it, and what it is told of that."""
+        match role:
+            case Role.PART:
+                name = what.name
+                held = self._tables[run.tables[name]] if name in run.tables else None
+                held = self._gradients[run.tangents[name]] if name in run.tangents else held
+                return part(self._whole(run, what) if held is None else held, what.each, held is not None)
+            case Role.CONSTANT:
+                held = what.make(what.tensor.detach())
+                held = self._turned(held, run.group.segments)
+                if held.dim() == 2 and held.t().is_contiguous():
+                    return held, int(not held.is_contiguous())
+                return held.contiguous(), 0
+            case Role.TABLE:
+                return self._tables[what.table], 0
+            case Role.GRADIENTS:
+                return self._gradients[what.table], int(self._schedule.taken_once(what.table[0]))
+            case Role.CHILDREN | Role.OWED:
+                return self._schedule.index(Named(Use.CHILDREN, run.places(what), run.group.number)), 0
+            case Role.SCRATCH:
+                rows = max(segment.rows for segment in run.group.segments)
+                return torch.empty(what[1] * rows, dtype=torch.float32, device="cpu"), 0
+            case _:
+                return self._whole(run, what).contiguous(), 0
 
     def _room_in_table(self, run: GroupRun, crossing: Crossing) -> Tensor:
         table = run.tables[crossing.name]

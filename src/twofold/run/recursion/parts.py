@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from functools import cached_property
 from typing import Any
@@ -12,9 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from twofold.backends import cpu_code
+
 from .factors import Link, Table
 
 aten = torch.ops.aten
+
+
+PATIENCE = 4
+"""Batches that a stage runs from Python before native code is written, some 0.1 s, and compiled, 1 s of a core."""
 
 
 class Stage(IntEnum):
@@ -82,6 +88,8 @@ class Role(Enum):
     OWED = "which rows of a table of gradients: Link"
     GRADIENTS = "a table of gradients: Link"
     GIVE = "how gradients are added to it: Link"
+    SAME = "a value without rows: Crossing"
+    SCRATCH = "memory for the rows of one level: a name, and the elements of a row"
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,29 @@ class View:
     crossing: Crossing
     each: int
     make: Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Same:
+    """A view of a tensor from outside for native code; `key` names the view."""
+
+    tensor: Tensor = field(compare=False)
+    make: Callable[[Tensor], Any] = field(compare=False)
+    key: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class NativeCode:
+    """A stage as C++ that runs several levels; `arguments` are the memory that it is given."""
+
+    text: str
+    arguments: list[tuple[Role, Any]]
+    widest: int
+    """Elements that an operation makes of an invocation, at most."""
+
+    def ready(self) -> Callable[..., None] | None:
+        """Return the compiled function; None until it is there. It is ordered when it is asked for."""
+        return cpu_code.ordered(self.text)
 
 
 @dataclass(frozen=True)
@@ -115,6 +146,15 @@ class StageCode:
     inside: dict[str, View]
     given: list[str]
     text: str
+    native: NativeCode | None = None
+    in_passes: StageCode | None = None
+    """The same with elementwise operations done in compiled passes."""
+    passes: Sequence[NativeCode] = ()
+    """The code that this needs."""
+    relieved: StageCode | None = None
+    """The same without what native code of `BACK` does by itself, a level at a time."""
+    relieving: NativeCode | None = None
+    """Native code of `BACK` that does so."""
 
 
 @dataclass
@@ -136,6 +176,18 @@ class Staged:
     """Which outputs are written to which table."""
     constants: list[Tensor]
     """The tensors that it holds from outside."""
+    later: list[Callable[[], None]]
+    """What adds native code to the stages."""
+    batches: int = 0
+    """How many batches of the block ran so."""
+
+    def note_batch(self) -> None:
+        """Take note of a batch on a CPU. When they have come often enough, native code is written."""
+        self.batches += 1
+        if self.batches > PATIENCE:
+            for write in self.later:
+                write()
+            self.later.clear()
 
     @cached_property
     def backward(self) -> frozenset[str]:

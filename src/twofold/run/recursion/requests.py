@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +31,10 @@ class Bundles:
     sizes: Sequence[int | None]
 
     @classmethod
-    def singly(cls, requests: Sequence[Request]) -> Bundles:
-        """Have each request be a tensor of its own."""
-        return cls(requests, [None] * len(requests))
+    def of(cls, singly: Sequence[Request], bundled: Sequence[Sequence[Request]]) -> Bundles:
+        """Have requests be tensors of their own, and others be rows, behind these."""
+        requests = [*singly, *itertools.chain.from_iterable(bundled)]
+        return cls(requests, [None] * len(singly) + [len(bundle) for bundle in bundled])
 
     def tied(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors that leave from those of the requests."""
@@ -57,8 +59,19 @@ class Exits:
     bundles: Bundles
     numbers: Sequence[Sequence[int]]
 
+    @cached_property
+    def _is_as_computed(self) -> bool:
+        """Whether what leaves are the rows of each `Leaving`, as they are computed."""
+        starts = itertools.accumulate([len(numbers) for numbers in self.numbers], initial=0)
+        same = [
+            list(numbers) == list(range(s, s + len(numbers))) for s, numbers in zip(starts, self.numbers, strict=False)
+        ]
+        return all(same) and [len(numbers) for numbers in self.numbers] == list(self.bundles.sizes)
+
     def outputs(self, results: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors that leave, each with memory of its own, from the rows of each `Leaving`."""
+        if self._is_as_computed:
+            return list(results)
         found = [_NOTHING] * len(self.bundles.requests)
         for numbers, rows in zip(self.numbers, results, strict=True):
             each: Sequence[Tensor] = torch.unbind_copy(rows)  # type: ignore[assignment]
@@ -68,6 +81,8 @@ class Exits:
 
     def gradients(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the gradients of the rows of each `Leaving`, None where there are none, from those of the tensors."""
+        if self._is_as_computed:
+            return list(given)
         found = self.bundles.untied(given)
         return [_stacked([found[number] for number in numbers]) for numbers in self.numbers]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from .factors import Link, Table, hoist_factors, join_children, join_gradients, join_views
-from .parts import BY_LEVEL, Crossing, Stage, StageCode, Staged, is_view
+from .native import NativeWriter, NoNativeForm, users_of
+from .parts import BY_LEVEL, Crossing, NativeCode, Stage, StageCode, Staged, is_view
+from .passes import Pass, passes
 from .vectorize import Joint, NotBatchableError, Rows
 from .views import in_place
 from .writer import Writer, writes
@@ -104,6 +106,10 @@ class Cut:
     owed: list[tuple[Link, fx.Node]] = field(default_factory=list[tuple[Link, fx.Node]])
     gathered: set[fx.Node] = field(default_factory=set[fx.Node])
     crossings: dict[fx.Node, Crossing] = field(default_factory=dict[fx.Node, Crossing])
+    moved: list[fx.Node] = field(default_factory=list[fx.Node])
+    """What the levels backward do by themselves where they are native."""
+    later: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    """What adds native code to the stages, in order."""
 
     def staged(self, differentiate: bool, chained: frozenset[Table]) -> Staged:
         """Return the block cut into stages; without `differentiate`, the forward ones alone.
@@ -130,6 +136,7 @@ class Cut:
             chained,
             self.written,
             list(joint.constants.values()),
+            self.later,
         )
 
     def _rewrite(self, differentiate: bool) -> list[Link]:
@@ -236,16 +243,72 @@ class Cut:
         if stage in BY_LEVEL:
             inside = self._make_rooms(stage, kept)
         writer = Writer(self.joint, self.stage, stage, self.children, kept, inside)
-        for node in self.joint.graph.nodes:
-            if self.stage.get(node) is stage and (node in kept or not is_view(node)):
-                writer.node(node)
+        nodes = [n for n in self.joint.graph.nodes if self.stage.get(n) is stage and (n in kept or not is_view(n))]
+        for node in nodes:
+            writer.node(node)
         if stage is Stage.BACK:
             for link, node in self.owed:
                 writer.give(link, node)
         returned = [node for node in made if node not in kept and node not in inside]
         for node in returned:
             writer.name(node)
-        return writer.code(returned, self.crossings)
+        code = writer.code(returned, self.crossings)
+        self.later.append(lambda: self._write_native(stage, code, nodes, kept, inside, returned))
+        return code
+
+    def _write_native(
+        self,
+        stage: Stage,
+        code: StageCode,
+        nodes: list[fx.Node],
+        kept: list[fx.Node],
+        inside: dict[fx.Node, fx.Node],
+        returned: list[fx.Node],
+    ) -> None:
+        """Add native code to a stage, those before it first."""
+        if stage in BY_LEVEL and not returned and (kept or self.owed):
+            code.native = self._native(stage, nodes, kept, inside)
+        if stage not in BY_LEVEL and (found := passes(self.joint, nodes, self.stage, stage)):
+            writer = Writer(self.joint, self.stage, stage, self.children, kept, inside, found)
+            for node in nodes:
+                writer.node(node)
+            for node in returned:
+                writer.name(node)
+            code.in_passes = writer.code(returned, self.crossings)
+            code.passes = [each.code for each in found]
+            if stage is Stage.TURN:
+                self._relieve(code, found, nodes, returned)
+        if stage is Stage.BACK and code.native is not None and self.moved:
+            code.relieving = self._native(stage, [*self.moved, *nodes], kept, inside)
+
+    def _relieve(self, code: StageCode, found: list[Pass], nodes: list[fx.Node], returned: list[fx.Node]) -> None:
+        """Leave to the levels backward what they alone take: so it need not go through memory for all rows."""
+        wanted = {node for group in self.joint.wanted for node in group}
+        for each in found:
+            users = [user for node in each.made for user in users_of(node)]
+            if any(self.stage.get(user) is not Stage.BACK for user in users) or not wanted.isdisjoint(each.made):
+                continue
+            self.moved = list(each.nodes)
+            writer = Writer(self.joint, self.stage, Stage.TURN, self.children, [], {})
+            for node in nodes:
+                if node not in each.nodes:
+                    writer.node(node)
+            rest = [node for node in returned if node not in each.made]
+            for node in rest:
+                writer.name(node)
+            code.relieved = writer.code(rest, self.crossings)
+            return
+
+    def _native(
+        self, stage: Stage, nodes: list[fx.Node], kept: list[fx.Node], inside: dict[fx.Node, fx.Node]
+    ) -> NativeCode | None:
+        """Return a stage as C++, if it can be."""
+        stages = {**self.stage, **dict.fromkeys(nodes, stage)}
+        writer = NativeWriter(self.joint, stages, stage, self.children, kept, inside, self.crossings)
+        try:
+            return writer.code(nodes, self.owed if stage is Stage.BACK else [])
+        except NoNativeForm:
+            return None
 
     def _make_rooms(self, stage: Stage, kept: list[fx.Node]) -> dict[fx.Node, fx.Node]:
         """Have what a level views kept for all levels, so that it is viewed once.

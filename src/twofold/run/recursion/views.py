@@ -39,13 +39,14 @@ def keeps_rows(joint: Joint, base: fx.Node, chain: Iterable[fx.Node]) -> bool:
     """Say whether views of all rows, cut by invocation, are the views of an invocation's rows, and share memory."""
     chain = list(chain)
     tensors = [base, *(node for node in chain if isinstance(node.meta.get("val"), Tensor))]
-    if not all(map(joint.keeps_rows_first, tensors)) or any(map(_cuts_rows, chain)):
+    if not all(map(joint.keeps_rows_first, tensors)) or any(map(cuts_rows, chain)):
         return False
     whole = _indices(base)
-    return _shown(whole, chain).untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    return shown(whole, chain).untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
-def _cuts_rows(node: fx.Node) -> bool:
+def cuts_rows(node: fx.Node) -> bool:
+    """Say whether a view may show some invocations' rows alone."""
     if node.target in (aten.slice.Tensor, aten.select.int):
         return bool(len(node.args) < 2 or node.args[1] == 0)
     if node.target is aten.split.Tensor:
@@ -56,8 +57,8 @@ def _cuts_rows(node: fx.Node) -> bool:
 def disjoint(base: fx.Node, chains: Iterable[list[fx.Node]]) -> bool:
     """Say whether no two views show the same element."""
     whole = _indices(base)
-    shown = torch.cat([_shown(whole, chain).reshape(-1) for chain in chains])
-    return len(shown.unique()) == len(shown)
+    elements = torch.cat([shown(whole, chain).reshape(-1) for chain in chains])
+    return len(elements.unique()) == len(elements)
 
 
 def _indices(base: fx.Node) -> Tensor:
@@ -65,7 +66,7 @@ def _indices(base: fx.Node) -> Tensor:
     return torch.arange(shape.numel()).reshape(shape)
 
 
-def _shown(whole: Any, chain: Iterable[fx.Node]) -> Tensor:
+def shown(whole: Any, chain: Iterable[fx.Node]) -> Tensor:
     """Return the view of a tensor with as many rows as were traced."""
     for node in chain:
         if node.target is operator.getitem:

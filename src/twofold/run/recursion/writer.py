@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from .factors import Link
+from .native_run import OnePass
 from .parts import BY_LEVEL, Crossing, Fixed, Role, Stage, StageCode, View, is_view
+from .passes import Pass
 from .vectorize import Joint, NotBatchableError, Rows
 from .views import chain_to, keeps_rows
 
@@ -31,8 +33,10 @@ class Writer:
         children: Mapping[fx.Node, Link],
         kept: Sequence[fx.Node],
         inside: Mapping[fx.Node, fx.Node],
+        passes: Sequence[Pass] = (),
     ) -> None:
         self._joint = joint
+        self._passes = {node: each for each in passes for node in each.nodes}
         self._stages = stages
         self._stage = stage
         self._children = children
@@ -75,6 +79,9 @@ class Writer:
         """Write one operation."""
         if node in self._made:
             return
+        if node in self._passes:
+            self._pass(self._passes[node])
+            return
         self._made.add(node)
         place = self._place.get(node)
         written = _WRITING[node.target] if place and writes(node) else None
@@ -91,6 +98,17 @@ class Writer:
                 self._lines.append(f"{node.name} = {place}")
         else:
             self._lines.append(f"{node.name} = {self._operation(node)}")
+
+    def _pass(self, done: Pass) -> None:
+        """Write operations that are done in one compiled pass."""
+        taken = [self.name(node) for node in done.taken]
+        names = [node.name for node in (*done.taken, *done.made)]
+        run = OnePass(done.code, names, [(n.name, n.meta["val"].shape) for n in done.made if n not in self._kept])
+        given = [node.name for node in done.made if node in self._kept]
+        call = self._object(f"pass_{len(self._objects)}", run)
+        results = "".join(f"{name}, " for name, _ in run.made)
+        self._lines.append(f"{results}{'= ' if results else ''}{call}(n, {', '.join([*taken, *given])})")
+        self._made.update(done.nodes)
 
     def _hoist(self, node: fx.Node) -> bool:
         """Have a view of what is there before the levels, or has room for all of them, made once; say whether."""
