@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.programs import JANUS_NAMES, NAMES, PROGRAMS, Program
 from tests.differential import FUSED, assert_same, function, program
-from twofold.backends import pieces
+from twofold.backends import inductor
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EXACT_BACKEND = {"cpu": "replay", "cuda": "cuda_graph"}
@@ -137,7 +137,7 @@ def test_speculation_is_exact_over_many_steps(name: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", FUSED_PROGRAMS)
 def test_fused_kernels_stay_within_tolerance(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "MAX_PIECE_NODES", LONGEST_PIECE)
+    monkeypatch.setattr(inductor, "MAX_PIECE_NODES", LONGEST_PIECE)
     configuration = function(numerics="fused", backend="inductor", background=False)
     report = assert_same(factory(name, device), FUSED_STEPS, configuration, tolerance=FUSED_PROGRAMS[name])
     assert_ran_as_graphs(report)
