@@ -286,7 +286,7 @@ class TraceWriter:
         return True
 
     def _has_let_go(self, function: Any) -> bool:
-        """Whether some freed node behind this one had saved a tensor: without, a backward runs as often as one likes."""
+        """Whether some freed node from here on had saved a tensor: without, a backward runs as often as one likes."""
         seen: dict[Any, None] = {}
         pending = [function]
         while pending:

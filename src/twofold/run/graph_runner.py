@@ -37,7 +37,7 @@ class RandomState:
     @classmethod
     def take(cls, on_accelerator: bool) -> RandomState:
         """Read the state of now."""
-        if on_accelerator:
+        if on_accelerator and torch.cuda.is_initialized():
             return cls(None, _generator().get_offset())
         return cls(torch.default_generator.get_state(), None)
 
