@@ -115,17 +115,13 @@ class Function(Generic[P, R]):
         """Run a call eagerly and unwatched; steps are counted where there are several, as the call is so many units."""
         driver = self._driver
         assert driver.recursion is not None
-        if (self._steps_per_call or 0) <= 1:
-            with driver.recursion.unit():
-                result = self._wrapped(*arguments, **keywords)
-            driver.end()
-            return result
-        stop_counting = observe_steps(self._count_step)
+        stop_counting = observe_steps(self._count_step) if (self._steps_per_call or 0) > 1 else None
         try:
             with driver.recursion.unit():
                 result = self._wrapped(*arguments, **keywords)
         finally:
-            stop_counting()
+            if stop_counting is not None:
+                stop_counting()
         driver.end(max(1, self._steps_in_call))
         return result
 

@@ -87,16 +87,14 @@ def test_function_that_nobody_watches_is_exact_at_the_end(name: str, device: str
     assert_ran_as_graphs(report)
 
 
-ACTOR_CRITIC = {"new_path", "no_tensor_calls", "argument_changes", "history_escapes"}
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", NAMES)
 def test_program_runs_as_graphs_and_is_exact_at_the_end(name: str, device: str) -> None:
     configuration = program(numerics="exact", backend=EXACT_BACKEND[device], background=False)
     report = assert_same(factory(name, device), steps_of(name), configuration, observe="end")
     if name == "actor_critic":  # its episodes are of many lengths, and at small size few come twice
-        assert {fallback["code"] for fallback in report["fallbacks"]} <= ACTOR_CRITIC
+        codes = {fallback["code"] for fallback in report["fallbacks"]}
+        assert codes - {"argument_changes"} == {"new_path", "no_tensor_calls"}  # on a GPU, Python keeps tensors
     else:
         assert_ran_as_graphs(report)
 

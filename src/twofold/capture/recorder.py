@@ -34,7 +34,7 @@ from .functions import (
     keeps_workspace,
 )
 from .gradients import COPIES, DROPS, READS
-from .history import Layout, Watch
+from .history import Layout, Watch, following_nodes
 from .intercept import unheard, user_origin
 from .number_feeds import number_as_tensor
 from .output_history import DIFFERENTIATE, live_outputs, record_history
@@ -413,7 +413,7 @@ class Recorder:
                 self._writer.gradients.note((variable,))
                 if accumulates:
                     self._writer.gradients.look_at((variable,))
-            pending.extend(edge for edge, _ in function.next_functions if edge is not None)
+            pending.extend(following_nodes(function))
         if any(tensor.grad_fn in seen for tensor in self.trace.externals if tensor.grad_fn is not None):
             self.refuse("history_escapes", "backward goes on into autograd history made before this unit", origin)
         if not keeps:
