@@ -164,6 +164,10 @@ CODES: dict[str, Code] = {
         "calls were other than the graphs made from the function's source assumed, too often to go on assuming it",
         "Nothing to do: the function's Python runs beside its graph. The report lists the assumption that failed.",
     ),
+    "gradient_kept": Code(
+        "the program keeps a gradient of an earlier unit, in memory that the graph would write to",
+        "Nothing to do: from now on the graph copies its gradients. Keep p.grad.clone() to spare it that.",
+    ),
     "mutated_outside": Code(
         "a tensor that the graph relies on was replaced or resized outside the unit",
         "Change parameters and buffers in place (p.copy_()); rare replacements cost one eager unit each.",

@@ -1,9 +1,9 @@
 """CUDA graphs: capture what another executable launches, and replay it. The only file that captures.
 
 The record is captured, never the user's Python: libraries ask whether a capture is going on and take another path.
-All captures of units share one memory pool. That is sound because a unit's segments are always replayed in the order of
-their capture with no other unit between them, because whatever outlives a unit is held here or copied out, and because
-a launch on another stream than the last one waits for that.
+Captures of units share one memory pool, but for those that lend their outputs. That is sound because a unit's segments
+are always replayed in the order of their capture with no other unit between them, because whatever outlives a unit is
+held here or copied out, and because a launch on another stream than the last one waits for that.
 What `recording` captures has a pool of its own, because other graphs may be replayed between its parts.
 """
 
@@ -70,12 +70,16 @@ class CudaGraphExecutable:
 
     reuses_outputs = True
 
-    def __init__(self, program: Program, inner: Executable, given: Environment, warm_up: bool) -> None:
+    def __init__(
+        self, program: Program, inner: Executable, given: Environment, warm_up: bool, lends_outputs: bool = False
+    ) -> None:
         """Capture all segments of `inner` once, reading `given` for statics and examples of the rest.
 
         `warm_up`: run `inner` once before, for kernels that are loaded at their first launch; the caller restores
-        what that run wrote. Raises `CaptureFailed`, or `torch.OutOfMemoryError`.
+        what that run wrote. `lends_outputs`: take memory that no other capture uses. Raises `CaptureFailed`, or
+        `torch.OutOfMemoryError`.
         """
+        self.lends_outputs = lends_outputs
         self.backend = "cuda_graph" if inner.backend == "replay" else f"{inner.backend}+cuda_graph"
         self._program = program
         self._static: Environment = {value: given[value] for value in program.statics}
@@ -113,9 +117,10 @@ class CudaGraphExecutable:
 
     def _capture(self, inner: Executable) -> None:
         environment = dict(self._static)
+        pool = torch.cuda.graph_pool_handle() if self.lends_outputs else _pool()[0]
         for index, segment in enumerate(self._program.segments):
             try:
-                graph, _ = _captured(_pool()[0], functools.partial(inner.launch, index, environment))
+                graph, _ = _captured(pool, functools.partial(inner.launch, index, environment))
             except BaseException:
                 _pool.cache_clear()  # PyTorch may take it for one that is still recorded to
                 raise

@@ -19,6 +19,8 @@ class Executable(Protocol):
     backend: str
     reuses_outputs: bool
     """Whether the next launch writes to the tensors that this one put into the environment."""
+    lends_outputs: bool
+    """Whether nothing else but that writes to them, if it does, so that a program may hold them until then."""
 
     def launch(self, index: int, environment: Environment) -> None:
         """Run segment `index`, reading what it needs from the environment and adding its outputs."""

@@ -120,6 +120,7 @@ class LeavesCore:
     """
 
     reuses_outputs = False
+    lends_outputs = False
 
     def __init__(self, inner: Executable, is_compiling: Callable[[], bool]) -> None:
         self.backend = inner.backend

@@ -277,6 +277,7 @@ class InductorExecutable:
 
     backend = "inductor"
     reuses_outputs = False
+    lends_outputs = False
 
     def __init__(self, program: Program, artifact: Callable[[str], Callable[..., Any]]) -> None:
         """`artifact` returns the compiled callable of a piece by key."""

@@ -13,6 +13,7 @@ class ReplayExecutable:
 
     backend = "replay"
     reuses_outputs = False
+    lends_outputs = False
 
     def __init__(self, program: Program) -> None:
         if not program.on_accelerator:

@@ -17,6 +17,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from twofold.capture.functions import NUMBER_READS
+from twofold.capture.gradients import DROPS
 from twofold.capture.history import Layout
 from twofold.capture.recorder import parameters_of
 from twofold.capture.trace import (
@@ -131,6 +132,8 @@ class Program:
     """The external index of each feed."""
     settings: dict[Value, Setting]
     gradients: tuple[GradientPlan, ...]
+    drops_gradients_by: int
+    """The last event that drops gradients; -1 if none does."""
     optimizers: dict[int, OptimizerPlan]
     """By index of the event."""
     fetches: dict[int, tuple[Value, ...]]
@@ -166,6 +169,10 @@ def build_program(path: Path, exact: bool, volatile: Collection[Optimizer] = ())
     `UnsupportedPath`.
     """
     return _Builder(path, exact, volatile).build()
+
+
+def _drops(event: Event) -> bool:
+    return event.kind == "zero_grad" or event.function in DROPS
 
 
 class _Builder:
@@ -213,6 +220,7 @@ class _Builder:
             feeds=self.feeds,
             settings=self.settings,
             gradients=gradients,
+            drops_gradients_by=max((i for i, event in enumerate(trace.events) if _drops(event)), default=-1),
             optimizers=self.optimizers,
             fetches=self.fetches,
             number_reads=frozenset(i for i in self.fetches if trace.events[i].function in NUMBER_READS),

@@ -24,6 +24,7 @@ from twofold.backends.replay import ReplayExecutable
 from twofold.capture.intercept import modes_taken_off
 from twofold.capture.trace_graph import Path
 from twofold.convert.from_traces import Program, UnsupportedPath, build_program
+from twofold.convert.segments import bytes_of
 from twofold.graph import MalformedGraphError, inference_mode
 from twofold.options import Options, has_cpp_compiler
 
@@ -47,6 +48,9 @@ share of what it takes to compile one: the demo's script spends a tenth of its t
 which it compiled as long as for all others."""
 QUIET_SECONDS = 0.3
 """Seconds after a compiler was at work in which nothing is judged."""
+LENT_BYTES = 32 << 20
+"""Gradients that take as much are lent, not copied: below, a copy takes an H200 less than 20 µs, and asking who holds
+them takes Python as long."""
 
 
 @dataclass(eq=False)
@@ -59,6 +63,8 @@ class PathState:
     rebuilds: int = 0
     has_ordered: bool = False
     orders: list[Future[Any]] = field(default_factory=list[Future[Any]])
+    may_lend: bool = True
+    """Whether the program has not been seen to keep the gradients of the path."""
 
 
 class Builder:
@@ -74,6 +80,7 @@ class Builder:
         self._contests: dict[Any, Contest] = {}
         self._compiler_missing_said = False
         self._ordered: set[str] = set()
+        self._lender: Path | None = None
         self._busy_until = 0.0
         """When a compiler was last seen at work, by `time.perf_counter`, with the pause behind it."""
 
@@ -87,6 +94,8 @@ class Builder:
         self.settled.clear()
         state.rebuilds += 1
         path.executable = None
+        lent = [installed.lent for installed in state.tiers.values() if installed.lent is not None]
+        state.may_lend = state.may_lend and not any(gradients.is_held for gradients in lent)
         state.orders.clear()
         state.tiers.clear()
         state.units.clear()
@@ -289,7 +298,7 @@ class Builder:
             # What a later backward reads must outlive the next launch, and memory of a captured graph does not.
             self.account.decision("not captured: outputs of this path are differentiated outside the unit")
         elif accelerator and self.options.backend != "replay":
-            captured = self._capture(path.program, inner)
+            captured = self._capture(path, state, inner)
             if captured is None:
                 if not state.tiers and not state.orders:
                     self._block(path, "capture_failed", "no tier could run this path")
@@ -315,14 +324,33 @@ class Builder:
                 contest.begin_trial(tier)
             path.executable = installed
 
-    def _capture(self, program: Program, inner: Executable) -> Executable | None:
+    def _lends(self, path: Path, state: PathState, inner: Executable) -> bool:
+        """Whether a captured graph shall lend its gradients, for which it needs memory of its own.
+
+        One path does, on its best tier: the memory that all others share is no smaller for that.
+        """
+        is_best = inner.backend != "replay" or not self._wants_kernels()
+        is_only = self._lender is None or self._lender is path
+        made = [plan.exit for plan in path.program.gradients if plan.exit is not None]
+        return is_best and is_only and state.may_lend and sum(map(bytes_of, made)) >= LENT_BYTES
+
+    def _capture(self, path: Path, state: PathState, inner: Executable) -> Executable | None:
+        lends = self._lends(path, state, inner)
+        executable = self._captured(path.program, inner, lends)
+        if executable is None and lends:
+            executable = self._captured(path.program, inner, False)
+        elif lends:
+            self._lender = path
+        return executable
+
+    def _captured(self, program: Program, inner: Executable, lends_outputs: bool) -> Executable | None:
         given = example_environment(program)
         warm = inner.backend != "replay"
         saved = Installed(program, inner).save_written() if warm else None
         random = RandomState.take(program.on_accelerator)
         restore_versions = keep_versions(program.statics.values())
         try:
-            executable = CudaGraphExecutable(program, inner, given, warm)
+            executable = CudaGraphExecutable(program, inner, given, warm, lends_outputs)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             self.account.fallback("out_of_memory", "memory ran out while capturing a CUDA graph")

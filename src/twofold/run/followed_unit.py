@@ -26,6 +26,7 @@ from twofold.graph import ambient_context, inference_mode
 from .account import Account
 from .graph_runner import GraphRunner, feed_copy
 from .installed import Installed, SharedGradient
+from .lent_gradients import HeldGradient
 from .outputs import learn_layout, outputs_of
 from .placeholders import escaped, fill_placeholder, make_placeholder, recycle, with_freed_history
 
@@ -108,6 +109,7 @@ class FollowedUnit:
         run = self._run_on(path, "a value is needed on a path with no graph yet")
         assert path is not None
         position = path.program.positions[node.depth]
+        run.walked = node.depth
         self._launch(path, lambda: run.launch_through(position))
         self._fetched.append(node)
         if node.streak >= TRUSTED_AFTER:
@@ -151,6 +153,7 @@ class FollowedUnit:
         assert path is not None
         is_last = node.end is path and _keeps_as_before(path, escaped(self.slots))
         run = self._run_on(path, "an optimizer steps on a path with no graph yet")
+        run.walked = node.depth
 
         def prepare() -> None:
             run.launch_through(path.program.positions[node.depth])
@@ -181,6 +184,9 @@ class FollowedUnit:
         try:
             with inference_mode(path.program.is_inference), unheard(), torch.no_grad():
                 launch()
+        except HeldGradient as why:
+            path.stale = True
+            raise CannotFollow("gradient_kept", str(why)) from why
         except SharedGradient as why:
             raise CannotFollow("mutated_outside", str(why)) from why
         except Exception as error:
@@ -216,6 +222,7 @@ class FollowedUnit:
         if not _keeps_as_before(path, alive):
             path.stale = True
             raise CannotFollow("new_path", "a tensor of the unit is kept that was not kept before")
+        run.walked = node.depth
         self._launch(path, lambda: run.launch_through(path.program.unit_segments))
         with inference_mode(path.program.is_inference), unheard():
             with torch.no_grad():

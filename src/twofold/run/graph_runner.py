@@ -64,6 +64,8 @@ class GraphRunner:
         self.launched = 0
         self.saves_last = False
         """Whether the last segment shall be undone too, if `discard` comes after it."""
+        self.walked = -1
+        """The last event that is known to be one of the unit's, so that what it drops is dropped."""
         self._feeds = feeds
         self._given = given
         self._copies: Environment = {}
@@ -90,6 +92,8 @@ class GraphRunner:
     def _launch_next(self) -> None:
         installed, environment, feeds, index = self.installed, self.environment, self._feeds, self.launched
         installed.check_gradients(environment, feeds.values())
+        if index == 0 and installed.lent is not None:
+            installed.lent.take_back(self.walked >= self.program.drops_gradients_by)
         is_kept = index == installed.last and not self._saved and not self.saves_last
         written = installed.written_early if is_kept else installed.written[index]
         if written or self.program.uses_random:
@@ -200,7 +204,7 @@ class GraphRunner:
         return self._saved, self._random
 
     def commit_gradients(self) -> None:
-        """Set `.grad` of all leaves to what eager execution leaves there, in memory of their own."""
+        """Set `.grad` of all leaves to what eager execution leaves there, in memory of their own, or lent."""
         exits, environment = self.installed.exits, self.environment
         if exits.views:
             with torch.no_grad():
@@ -208,11 +212,9 @@ class GraphRunner:
                     self.value(view)
         gradients = list(map(environment.__getitem__, exits.values))
         if exits.copied:
-            made = [gradients[index] for index in exits.copied]
-            copies = [torch.empty_like(gradient) for gradient in made]
-            torch._foreach_copy_(copies, made)  # one kernel for all; torch 2.11 has no _foreach_clone
-            for index, copy in zip(exits.copied, copies, strict=True):
-                gradients[index] = copy
+            lasting = self.installed.lasting_gradients([gradients[index] for index in exits.copied])
+            for index, gradient in zip(exits.copied, lasting, strict=True):
+                gradients[index] = gradient
         for index in exits.shared:
             gradients[index] = self.owned_value(exits.values[index])
         for index, given in exits.given:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from twofold.backends.executable import Environment, Executable
+from twofold.capture.intercept import unheard
 from twofold.convert.from_traces import Program
 from twofold.convert.optimizers import Setting
 from twofold.convert.segments import (
@@ -23,6 +25,7 @@ from twofold.convert.segments import (
 from twofold.graph import Node, Value, run_node
 
 from .gradient_exits import GradientExits
+from .lent_gradients import HeldGradient, LentGradients
 from .placement import Placement
 
 
@@ -58,6 +61,8 @@ class Installed:
     """Numbers read from an accelerator by position, each value with the memory on the host it is copied to."""
     settings: list[list[tuple[Value, Setting]]] = field(init=False)
     """What each segment reads of the hyper-parameters."""
+    lent: LentGradients | None = None
+    """The gradients that the program was given in memory of the executable, once there are any."""
 
     def __post_init__(self) -> None:
         program = self.program
@@ -123,6 +128,31 @@ class Installed:
             self.value(node.operands[0], environment)
             run_node(node, environment)
         return environment[value]
+
+    def lasting_gradients(self, made: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the gradients of `exits.copied`, which a unit made, as the program may have them."""
+        if self.lent is None and self._can_lend(made):
+            self.lent = LentGradients([self.exits.leaves[index] for index in self.exits.copied], made)
+        if self.lent is not None:
+            return self.lent.lend()
+        copies = [torch.empty_like(gradient) for gradient in made]
+        torch._foreach_copy_(copies, made)  # one kernel for all; torch 2.11 has no _foreach_clone
+        return copies
+
+    def _can_lend(self, made: list[torch.Tensor]) -> bool:
+        """Whether each of `made` fills a storage of its own, and no unit reads gradients from before it."""
+        if not self.executable.lends_outputs or self.entries:
+            return False
+        storages = [tensor.untyped_storage() for tensor in made]
+        fills = all(s.nbytes() == t.numel() * t.element_size() for s, t in zip(storages, made, strict=True))
+        return fills and len({storage._cdata for storage in storages}) == len(made)
+
+    def keep_gradients(self) -> None:
+        """Have the gradients that were lent lie in memory of their own, if there is any, and the program holds none."""
+        # A gradient that fits its parameter no more stays where it is: once taken off, it could not be set again.
+        if self.lent is not None and self.placement.has_kept_layouts():
+            with suppress(HeldGradient, torch.OutOfMemoryError), unheard(), torch.no_grad():
+                self.lent.take_back(are_dropped=False)
 
     def check_gradients(self, environment: Environment, feeds: Iterable[torch.Tensor]) -> None:
         """Raise `SharedGradient` if a graph that took them for tensors of their own would be wrong about gradients.

@@ -72,6 +72,9 @@ class PythonRunner:
 
     def _make_recorder(self) -> Recorder:
         graph = self.graph
+        for path in graph.paths:
+            if path.executable is not None:  # a trace holds the gradients that it read, and may outlive many launches
+                path.executable.keep_gradients()
         return Recorder(graph.has_accelerator, graph.host_sites, graph.number_sites, self.meets_recursion)
 
     @property

@@ -73,6 +73,7 @@ class Counting:
 
     backend = "replay"
     reuses_outputs = False
+    lends_outputs = False
 
     def __init__(self) -> None:
         self.counts: list[int] = []

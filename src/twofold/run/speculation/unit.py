@@ -194,6 +194,8 @@ class SpeculatedUnit:
         """See `Unit.launch`."""
         run = self._run or self._started()
         run.saves_last = undoable
+        if not undoable:  # all assumptions hold
+            run.walked = len(self._work.path.nodes)
         run.launch_through(run.installed.last + 1)
 
     def tensor(self, slot: int) -> torch.Tensor:
