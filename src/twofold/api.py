@@ -16,7 +16,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
-from twofold.capture.intercept import current_listener, is_watched, observe_steps
+from twofold.capture.intercept import is_within_unit, observe_steps
 from twofold.capture.landmarks import observe_loop
 from twofold.driver import GRAPH_MEMORY, OTHER_THREAD, Driver, Mode
 from twofold.errors import OptionError
@@ -60,7 +60,7 @@ class Function(Generic[P, R]):
 
     def __call__(self, *arguments: P.args, **keywords: P.kwargs) -> R:
         """Call the wrapped function; results, effects and exceptions are those of eager execution."""
-        if current_listener() is not None or is_watched():
+        if is_within_unit():
             return self._wrapped(*arguments, **keywords)
         if not self._lock.acquire(blocking=False):
             self._driver.account.fallback("thread", "called while another thread was inside")
@@ -203,7 +203,7 @@ class Program:
         self._shares = False
 
     def __enter__(self) -> Program:
-        if current_listener() is not None or is_watched():
+        if is_within_unit():
             raise OptionError("twofold.program cannot be entered inside another unit: enter it outside")
         driver = self._driver
         self._shares = torch.cuda.is_available()

@@ -81,6 +81,8 @@ class Driver:
         self._signature: Signature = ()
         self._root = self.graph.root(self._signature)
         self._likely: Path | None = None
+        self._laid_out: Path | None = None
+        """A path whose parameters and buffers were found to be laid out as they were, when the mode was chosen."""
         self._began = 0.0
         self._taken = 0.0
         """Seconds for which the program had been kept waiting when the unit began."""
@@ -106,9 +108,11 @@ class Driver:
         self._goes_on = goes_on and self._mode is Mode.RECORD
         self._signature = self.graph.signature()
         self._root = self.graph.root(self._signature)
+        self._laid_out = None
         self._mode = self.next_mode(self._root)
         if self._mode is not Mode.IDLE:
-            begin_without_casts()
+            if self._region.is_around_unit:
+                begin_without_casts()
             PENDING.flush()  # results of recursive calls that the unit is given shall be ordinary tensors
         self._timing = (
             self._mode is not Mode.RECORD
@@ -133,7 +137,7 @@ class Driver:
         if self._mode is not Mode.FOLLOW or self._timing or not self.speculator.is_willing():
             return MISSED
         self._begin_time()
-        result, path = self.speculator.call(function, arguments, keywords, self._signature, self._root)
+        result, path = self.speculator.call(function, arguments, keywords, self._signature, self._root, self._laid_out)
         if path is not None:
             self.account.speculated_iterations += 1
             self._end_unit(path, None, self._signature)
@@ -141,7 +145,7 @@ class Driver:
 
     def next_mode(self, root: PathNode) -> Mode:
         """Decide how the next unit runs, which begins at `root`."""
-        if self.options.engine == "eager" or self._has_given_up():
+        if self.options.engine == "eager" or (self._gave_up_at is not None and self._has_given_up()):
             return Mode.IDLE
         if self.recursion is not None and self.recursion.takes_units:
             self._likely = None
@@ -149,7 +153,7 @@ class Driver:
         if saved_tensor_hooks_in_force():  # checkpointing counts what is saved
             self.account.fallback("tensor_hook", "hooks on saved tensors, of checkpointing perhaps, are in force")
             return Mode.IDLE
-        if not self._region.allows_unit(self.graph.leaves()):
+        if not self._region.allows_unit(self.graph.leaves):
             self.account.fallback("unsupported_call", "a unit that trains began with autocast on: enter it within")
             return Mode.IDLE
         if self.account.iterations < root.idle_until:
@@ -169,6 +173,7 @@ class Driver:
         if path.executable is None:
             return Mode.IDLE
         if path.executable.placement.has_kept_layouts():
+            self._laid_out = path
             return Mode.FOLLOW
         # Where the program raises because of that, it shall do so at its own line.
         self.account.fallback("mutated_outside", "a parameter or buffer has another shape, layout, type or device")
@@ -215,7 +220,8 @@ class Driver:
         if path is not None:
             account.graph_iterations += 1
             account.graph_calls += len(path.nodes)
-            self._new = max(0, self._new - 1)
+            if self._new:
+                self._new -= 1
             root = path.nodes[0].parent
             assert root is not None
             root.refusals = 0
@@ -313,8 +319,7 @@ class Driver:
         return True
 
     def _has_given_up(self) -> bool:
-        if self._gave_up_at is None:
-            return False
+        assert self._gave_up_at is not None
         if self.account.iterations - self._gave_up_at < self._patience:
             return True
         self._gave_up_at = None

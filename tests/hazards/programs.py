@@ -43,6 +43,14 @@ class Parts:
         return loss
 
 
+def assertion_without_words() -> Any:
+    """Here, since pytest writes the assertions of its own files anew."""
+    try:
+        assert not STEPS
+    except AssertionError as error:
+        return error.args
+
+
 MakeStep = Callable[[Parts], Callable[..., Any]]
 
 

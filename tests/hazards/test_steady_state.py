@@ -122,9 +122,107 @@ def test_harness_catches_an_optimizer_that_is_not_looked_at(disturb: Disturb, mo
 
 
 def test_harness_catches_memory_that_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Placement, "is_kept", lambda _: True)
+    monkeypatch.setattr(Placement, "has_kept_memory", lambda _: True)
     with pytest.raises(AssertionError, match="differences from eager"):
         run(move_parameter, "speculation")
+
+
+def on_two_paths() -> Any:
+    """Each path has a square weight of its own; one is transposed in its memory while calls take the other path."""
+
+    def make(parts: Parts) -> Any:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            parts.optimizer.zero_grad()
+            chosen = parts.model[0] if number % 8 < 5 else parts.model[2]
+            loss = (chosen(x)[:, :3] - y).square().mean()
+            loss.backward()
+            parts.optimizer.step()
+            return loss.detach()
+
+        return step
+
+    def between(number: int, parts: Parts) -> None:
+        if number == 37:  # the path that was followed last, and is likely, is the other
+            weight = parts.model[0].weight
+            weight.data = weight.data.t()
+
+    return training(make, model=lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), between=between)
+
+
+def test_layouts_are_looked_at_on_a_path_that_was_not_likely() -> None:
+    assert same(on_two_paths(), 48, engine="speculation")["speculated_iterations"] > 24
+
+
+def test_harness_catches_layouts_that_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = unit.TensorWork.runner
+    monkeypatch.setattr(unit.TensorWork, "runner", lambda work, feeds, given, _: runner(work, feeds, given, True))
+    with pytest.raises(AssertionError, match="differences from eager"):
+        same(on_two_paths(), 48, engine="speculation")
+
+
+# ---- what a unit is given --------------------------------------------------------------------------------------
+
+
+def usual(model: Any, x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def aliased(model: Any, x: torch.Tensor) -> torch.Tensor:
+    return model[0].weight.detach()
+
+
+def as_parameter(model: Any, x: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(x.clone())
+
+
+def requiring_a_gradient(model: Any, x: torch.Tensor) -> torch.Tensor:
+    return x.clone().requires_grad_()
+
+
+def with_a_history(model: Any, x: torch.Tensor) -> torch.Tensor:
+    return x.clone().requires_grad_() * 2
+
+
+def with_other_strides(model: Any, x: torch.Tensor) -> torch.Tensor:
+    return x.t().contiguous().t()
+
+
+def of_another_type(model: Any, x: torch.Tensor) -> torch.Tensor:
+    return x.double()
+
+
+def of_inference_mode(model: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return x.clone()
+
+
+def given(other: Callable[[Any, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    def make(parts: Parts) -> Any:
+        return lambda number, x, y: parts.train(x, y).detach()
+
+    def build() -> Any:
+        program = training(make, model=lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)))()
+        batches = program.batches
+
+        def others(index: int) -> tuple[Any, ...]:
+            index, x, y = batches(index)
+            return index, other(program.modules["net"], x) if index == DISTURBED else x, y
+
+        program.batches = others
+        return program
+
+    return same(build, STEPS, engine="speculation")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        aliased, as_parameter, requiring_a_gradient, with_a_history, with_other_strides, of_another_type,
+        of_inference_mode,
+    ],
+)  # fmt: skip
+def test_no_graph_is_given_what_is_of_another_kind(other: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+    assert given(usual)["speculated_iterations"] > given(other)["speculated_iterations"] > DISTURBED // 2
 
 
 # ---- what a unit hands out -------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import torch
 from hypothesis import strategies as st
 
 from benchmarks.programs import Program
+from tests.properties.phrases import DEFINITIONS, KINDS, filled
 
 CALLS = 8
 WIDTH = 3
@@ -214,7 +215,7 @@ class Writer:
         kinds: list[Callable[[], None]] = [
             self.write_assign, self.write_assign, self.write_rebind, self.write_number, self.write_unpack,
             self.write_heap, self.write_heap, self.write_list, self.write_list, self.write_in_place,
-            self.write_alias, self.write_alias, self.write_print, self.write_closure,
+            self.write_alias, self.write_alias, self.write_print, self.write_closure, *[self.write_phrase] * 8,
         ]  # fmt: skip
         if self.depth < DEEPEST:
             kinds += [self.write_branch, self.write_branch, self.write_loop, self.write_loop, self.write_block]
@@ -328,6 +329,10 @@ class Writer:
             )
         )
 
+    def write_phrase(self) -> None:
+        for line in filled(self.choose(*self.choose(*KINDS)), lambda place: getattr(self, place)()):
+            self.write(line)
+
     def write_print(self) -> None:
         self.write(
             self.choose(
@@ -435,7 +440,7 @@ def programs(draw: st.DrawFn, statements: int = 7) -> Source:
         returned = writer.choose(f"{writer.tensor(1)}, n", f"[{writer.tensor(0)}.detach(), holder.count]")
     writer.write(f"return {returned}")
     twice = writer.choose("t * 2", "t + t", "model.linear(t) if t.dim() > 1 else t", "scaled(t, by=0.5)")
-    text = PREAMBLE + STEP.format(twice=twice) + "\n".join(writer.lines) + "\n"
+    text = PREAMBLE + DEFINITIONS + STEP.format(twice=twice) + "\n".join(writer.lines) + "\n"
     usual = draw(st.integers(2, 4))
     unusual = draw(st.frozensets(st.integers(0, CALLS - 1), max_size=3))
     return Source(text, tuple(usual - 1 if number in unusual else usual for number in range(CALLS)))
@@ -476,7 +481,8 @@ def build(source: Source, path: Path) -> Program:
 
         @property
         def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
-            return {"TOTAL": module.TOTAL, "LOG": module.LOG, "holder": module.holder}
+            names = ("TOTAL", "LOG", "holder", "derived", "point", "RECENT", "COUNTS", "CACHE", "schedule")
+            return {name: getattr(module, name) for name in names}
 
     observed = {"globals": Globals()}
     return Program(module.step, batches, {"model": module.model}, {"optimizer": module.optimizer}, observed)

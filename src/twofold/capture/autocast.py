@@ -9,7 +9,7 @@ have left: units that train stay eager there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 
@@ -40,19 +40,20 @@ class Region:
         self._number = -1
         self._versions: list[int] = []
         """Of the leaves: when they were first looked at in this region."""
-        self._is_around_unit = False
+        self.is_around_unit = False
+        """Whether the unit that was last asked for begins within one."""
 
-    def allows_unit(self, leaves: Iterable[torch.Tensor]) -> bool:
+    def allows_unit(self, leaves: Callable[[], Iterable[torch.Tensor]]) -> bool:
         """Whether a unit that begins now casts to what it would find, and leaves casts as eager execution does.
 
         It does if no leaf changes: not before in this region, and not in the unit. False too where that is not known
         yet, for the second unit in the first region, whose leaves are new. Casts are kept of leaves that require a
         gradient alone.
         """
-        self._is_around_unit = _is_within_region()
-        if not self._is_around_unit:
+        self.is_around_unit = _is_within_region()
+        if not self.is_around_unit:
             return True
-        versions = [leaf._version for leaf in leaves if leaf.requires_grad]
+        versions = [leaf._version for leaf in leaves() if leaf.requires_grad]
         if self._number != _regions_left:
             self._number, self._versions = _regions_left, versions
             return not self.trains
@@ -64,7 +65,7 @@ class Region:
 
     def end_unit(self, leaves: Iterable[torch.Tensor], written: Collection[int]) -> None:
         """Take note of the end of a unit that was recorded, with the storages that it wrote to."""
-        if self._is_around_unit:
+        if self.is_around_unit:
             self.trains |= any(leaf.untyped_storage()._cdata in written for leaf in leaves if leaf.requires_grad)
 
 

@@ -140,9 +140,10 @@ class Watch(TorchFunctionMode):
         return _mode_count() == 1 and _mode_at(0) is self and torch._C._len_torch_dispatch_stack() == 0
 
 
-def is_watched() -> bool:
-    """Whether a `Watch` has been entered in this thread."""
-    return _current.watch is not None
+def is_within_unit() -> bool:
+    """Whether a listener hears this thread, or a `Watch` has been entered in it."""
+    current = _current
+    return current.listener is not None or current.watch is not None
 
 
 def unwatched() -> AbstractContextManager[None]:

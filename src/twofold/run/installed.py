@@ -160,8 +160,6 @@ class Installed:
         Recorded apart, they are: an executable with memory of its own copies each in and back, and a compiler takes
         inputs to be apart. Gradients may be parts of one tensor that do not overlap.
         """
-        if not self.entries:
-            return
         gradients = [environment[entry] for entry, _ in self.entries]
         storages = list(map(_storage, gradients))
         others = self.static_storages | set(map(_storage, feeds))

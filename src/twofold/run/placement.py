@@ -20,6 +20,13 @@ _stride = torch.Tensor.stride
 _form = operator.attrgetter("shape", "dtype", "device")
 
 
+def guards_of(tensors: Collection[torch.Tensor]) -> TensorGuards:
+    """Return what compares the layouts of tensors with those of these, in PyTorch's C++. Made while nobody listens."""
+    sizes: Any = [list(tensor.shape) for tensor in tensors]
+    strides: Any = [list(tensor.stride()) for tensor in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+
 class Placement:
     """What was so of some tensors when this was made."""
 
@@ -27,14 +34,16 @@ class Placement:
         self._tensors = tuple(tensors)
         self._pointers = list(map(_data_ptr, tensors))
         self._layouts = self._read_layouts()
-        sizes: Any = [list(tensor.shape) for tensor in tensors]
-        strides: Any = [list(tensor.stride()) for tensor in tensors]
         with unheard():
-            self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+            self._guards = guards_of(tensors)
 
     def is_kept(self) -> bool:
         """Whether all lie where they did, and as they did."""
-        return list(map(_data_ptr, self._tensors)) == self._pointers and self.has_kept_layouts()
+        return self.has_kept_memory() and self.has_kept_layouts()
+
+    def has_kept_memory(self) -> bool:
+        """Whether all lie where they did."""
+        return list(map(_data_ptr, self._tensors)) == self._pointers
 
     def has_kept_layouts(self) -> bool:
         """Whether all have the shapes, strides, types and devices that they had.

@@ -42,7 +42,14 @@ class BuiltinFunctions(Expressions):
         item = arguments[0]
         if isinstance(item, Known | Outside):
             return Known(isinstance(item.object, kinds))
-        return Known(self._is_subclass(self.type_of(item), kinds))
+        return Known(self._is_subclass(self._class_of(item), kinds))
+
+    def _class_of(self, item: Item) -> type:
+        if not isinstance(item, Stream):
+            return self.type_of(item)
+        if item.kind is None:
+            raise self.refuse("unsupported_object", "asks for the class of an iterator")
+        return item.kind
 
     def _is_subclass(self, kind: type, kinds: Any) -> bool:
         return issubclass(kind, kinds)
@@ -50,7 +57,7 @@ class BuiltinFunctions(Expressions):
     def _do_type(self, arguments: list[Item], _: dict[str, Item]) -> Item:
         if len(arguments) != 1:
             raise self.refuse("unsupported_syntax", "makes a class")
-        return Known(self.type_of(arguments[0]))
+        return Known(self._class_of(arguments[0]))
 
     def _do_callable(self, arguments: list[Item], _: dict[str, Item]) -> Item:
         item = arguments[0]
@@ -101,7 +108,7 @@ class BuiltinFunctions(Expressions):
     def _do_enumerate(self, arguments: list[Item], keywords: dict[str, Item]) -> Item:
         start = self.known(keywords.get("start", arguments[1] if len(arguments) > 1 else Known(0)))
         items = self.iterate(arguments[0])
-        return Stream(Sequence(tuple, [Known(index), item]) for index, item in enumerate(items, start))
+        return Stream((Sequence(tuple, [Known(index), item]) for index, item in enumerate(items, start)), enumerate)
 
     def _do_zip(self, arguments: list[Item], keywords: dict[str, Item]) -> Item:
         strict = self.truth(keywords.get("strict", Known(False)))
@@ -114,7 +121,7 @@ class BuiltinFunctions(Expressions):
             except ValueError as error:
                 raise Raised(error) from None
 
-        return Stream(rows())
+        return Stream(rows(), zip)
 
     def _do_reversed(self, arguments: list[Item], _: dict[str, Item]) -> Item:
         return Stream(reversed(list(self.iterate(arguments[0]))))
@@ -122,11 +129,11 @@ class BuiltinFunctions(Expressions):
     def _do_map(self, arguments: list[Item], _: dict[str, Item]) -> Item:
         function, *sources = arguments
         streams = [self.iterate(source) for source in sources]
-        return Stream(self.call(function, list(row), {}) for row in zip(*streams, strict=False))
+        return Stream((self.call(function, list(row), {}) for row in zip(*streams, strict=False)), map)
 
     def _do_filter(self, arguments: list[Item], _: dict[str, Item]) -> Item:
         function, source = arguments
-        return Stream(item for item in self.iterate(source) if self.truth(self.call(function, [item], {})))
+        return Stream((one for one in self.iterate(source) if self.truth(self.call(function, [one], {}))), filter)
 
     def _do_islice(self, arguments: list[Item], _: dict[str, Item]) -> Item:
         return Stream(itertools.islice(self.iterate(arguments[0]), *map(self.known, arguments[1:])))
@@ -206,7 +213,11 @@ class BuiltinFunctions(Expressions):
         return best[1]
 
     def _do_sorted(self, arguments: list[Item], keywords: dict[str, Item]) -> Item:
-        items = list(self.iterate(arguments[0]))
+        source = arguments[0]
+        if isinstance(source, Mapping):  # a set perhaps, whose order is of no account here
+            items: list[Item] = list(map(Known, source.entries))
+        else:
+            items = list(self.iterate(source))
         if not keywords and any(isinstance(item, Dynamic) for item in items):
             return self.compute(sorted, Sequence(list, items))
         return Sequence(list, self.sorted_items(items, keywords))

@@ -8,7 +8,7 @@ from typing import Any
 from .attributes import Attributes
 from .heap import is_value
 from .host import constant
-from .items import NONE, Dynamic, Item, Known, Mapping, Outside, Sequence, Stream
+from .items import NONE, Dynamic, Item, Known, Mapping, Outside, Sequence, Stream, View
 from .library import DICT_CHANGES, LIST_CHANGES, PURE, SET_CHANGES
 from .objects import DICTS, LISTS, Namespace, Raised
 
@@ -58,6 +58,35 @@ class Containers(Attributes):
             self.host.effect(getattr(list, name), item.value, *given, keywords=named)
         return result
 
+    def delete_item(self, item: Item, key: Item) -> None:
+        """Do `del item[key]`."""
+        item = self.heap.current(item)
+        match item:
+            case Sequence() if item.kind is list and item.value is None:
+                self._delete(item.items, self.known(key))
+            case Mapping() if item.kind not in (set, Namespace) and item.value is None:
+                self._delete(item.entries, self.key(key))
+            case Outside() if isinstance(item.object, (list, *DICTS)):
+                self._delete_outside(item, self.known(key))
+            case _:
+                raise self.refuse("unsupported_syntax", f"deletes an item of {self.describe(item)}")
+
+    def _delete(self, held: Any, key: Any) -> None:
+        try:
+            del held[key]
+        except (KeyError, IndexError, TypeError) as error:
+            raise Raised(error) from None
+
+    def _delete_outside(self, item: Outside, key: Any) -> None:
+        """Have the host graph delete an item. Where there may be none, that is found out before the launch."""
+        if not isinstance(key, slice):
+            if isinstance(item.object, DICTS) and not self.contains(item, key):
+                raise Raised(KeyError(key))
+            self.subscript(item, Known(key))
+        copied = self.heap.change(item)
+        self.dry_run(operator.delitem, [copied, key], {})
+        self.host.effect(operator.delitem, item.value, constant(key))
+
     def _change_items(self, items: list[Item], name: str, arguments: list[Item], keywords: dict[str, Item]) -> Item:
         try:
             match name:
@@ -74,7 +103,10 @@ class Containers(Attributes):
                 case "reverse":
                     items.reverse()
                 case "remove":
-                    items.pop([self.known(item) for item in items].index(self.known(arguments[0])))
+                    known, wanted = [self.known(item) for item in items], self.known(arguments[0])
+                    if wanted not in known:
+                        known.remove(wanted)  # raises what the program's own would
+                    items.pop(known.index(wanted))
                 case _:
                     items[:] = self.sorted_items(items, keywords)
         except (IndexError, ValueError, TypeError) as error:
@@ -143,12 +175,10 @@ class Containers(Attributes):
                 if name == "setdefault":
                     entries[key] = default
                 return default
-            case "items":
-                return Sequence(list, [Sequence(tuple, [Known(key), value]) for key, value in entries.items()])
-            case "keys" | "__iter__":
-                return Sequence(list, list(map(Known, entries)))
-            case "values":
-                return Sequence(list, list(entries.values()))
+            case "items" | "keys" | "values":
+                return View(type(getattr(item.kind(), name)()), name, item)
+            case "__iter__":
+                return Stream(self.iterate(item))
             case "copy":
                 return Mapping(item.kind, dict(entries))
             case "update":
@@ -172,13 +202,10 @@ class Containers(Attributes):
                 if self.contains(item, key):
                     return self.subscript(item, Known(key))
                 return arguments[1] if len(arguments) > 1 else NONE
-            case "items":
-                keys = self.heap.keys(item)
-                return Sequence(list, [Sequence(tuple, [Known(k), self.subscript(item, Known(k))]) for k in keys])
-            case "keys" | "__iter__":
-                return Sequence(list, list(map(Known, self.heap.keys(item))))
-            case "values":
-                return Sequence(list, [self.subscript(item, Known(key)) for key in self.heap.keys(item)])
+            case "items" | "keys" | "values":
+                return View(type(getattr(held, name)()), name, item)
+            case "__iter__":
+                return Stream(self.iterate(item))
             case "copy":
                 entries = {key: self.subscript(item, Known(key)) for key in self.heap.keys(item)}
                 return Mapping(type(held), entries)

@@ -28,6 +28,7 @@ from .items import (
     Sequence,
     Stream,
     Tensor,
+    View,
 )
 from .library import find_in_class
 from .objects import DICTS, LISTS
@@ -187,7 +188,7 @@ class Expressions(Calls):
         return self.make_mapping(dict, [listed], {})
 
     def _evaluate_GeneratorExp(self, node: ast.GeneratorExp) -> Item:
-        return Stream(self._comprehend(node.generators, lambda: self.evaluate(node.elt)))
+        return Stream(self._comprehend(node.generators, lambda: self.evaluate(node.elt)), types.GeneratorType)
 
     def _comprehend(self, generators: list[ast.comprehension], result: Callable[[], Item]) -> Iterator[Item]:
         """Yield the elements of a comprehension; each part is evaluated in the scope of the comprehension."""
@@ -369,7 +370,9 @@ class Expressions(Calls):
                 return Known(self.key(item) in container.entries)
             case Outside() if isinstance(container.object, DICTS):
                 return Known(self.contains(container, self.known(item)))
-            case Sequence() | Stream():
+            case View() if container.name == "keys":
+                return self._contains(self.heap.current(container.mapping), item)
+            case Sequence() | Stream() | View():
                 for one in self.iterate(container):
                     same = self._identity(one) is self._identity(item)
                     if same or (not isinstance(one, Tensor) and self.truth(self._compare(ast.Eq(), one, item))):

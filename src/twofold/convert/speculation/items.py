@@ -156,9 +156,19 @@ class Super(Item):
 
 @dataclass(eq=False, slots=True)
 class Stream(Item):
-    """An iterator."""
+    """An iterator. `kind` is its class, where that is known."""
 
     upcoming: Iterator[Item]
+    kind: type | None = None
+
+
+@dataclass(eq=False, slots=True)
+class View(Item):
+    """What `keys`, `values` or `items` (`name`) of a dictionary returned: it shows what is there when it is asked."""
+
+    kind: type
+    name: str
+    mapping: Item
 
 
 def rebuild(kind: type, items: list[Any]) -> Any:

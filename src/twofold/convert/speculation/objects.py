@@ -31,6 +31,7 @@ from .items import (
     Sequence,
     Stream,
     Tensor,
+    View,
     rebuild,
 )
 from .library import find_in_class
@@ -220,6 +221,8 @@ class Objects:
                 return bool(item.items)
             case Mapping():
                 return bool(item.entries)
+            case View():
+                return bool(self.known(self.length(item)))
             case Outside() if isinstance(item.object, (*LISTS, *DICTS, set)):
                 copied = self.heap.copy_of(item.object)
                 late = id(item.object) in self.heap.changed
@@ -242,7 +245,7 @@ class Objects:
                 return type(item.object)
             case Outside():
                 return type(item.object)
-            case Sequence() | Mapping() | Instance():
+            case Sequence() | Mapping() | Instance() | View():
                 return item.kind
             case Tensor():
                 return type(item.sample)
@@ -261,6 +264,8 @@ class Objects:
                 return Known(len(item.items))
             case Mapping():
                 return Known(len(item.entries))
+            case View():
+                return self.length(self.heap.current(item.mapping))
             case Outside() if isinstance(item.object, (*LISTS, *DICTS, set)):
                 return self.heap.length(item)
             case Outside() | Instance():
@@ -280,8 +285,13 @@ class Objects:
                 while index < len(item.items):
                     yield item.items[index]
                     index += 1
+            case Mapping() if item.kind is set and len(item.entries) > 1:
+                raise self.refuse("unsupported_object", "iterates over a set, whose order is its own")
             case Mapping():
-                yield from map(Known, list(item.entries))
+                for key in list(item.entries):
+                    yield Known(key)
+            case View():
+                yield from self._iterate_view(item)
             case Stream():
                 yield from item.upcoming
             case Tensor():
@@ -300,6 +310,16 @@ class Objects:
                 yield from self.iterate(self.call(self.attribute(item, "__iter__"), [], {}))
             case _:
                 raise self.refuse("unsupported_syntax", f"iterates over {self.describe(item)}")
+
+    def _iterate_view(self, view: View) -> Iterator[Item]:
+        """Yield what a view of a dictionary shows, each item as it is when its turn has come."""
+        mapping = self.heap.current(view.mapping)
+        for key in list(self.iterate(mapping)):
+            if view.name == "keys":
+                yield key
+            else:
+                value = self.subscript(mapping, key)
+                yield value if view.name == "values" else Sequence(tuple, [key, value])
 
     def spread(self, item: Item) -> Sequence:
         """Return the items of an item as a new list of the call."""
@@ -333,8 +353,9 @@ class Objects:
         wanted = self.known(key)
         if isinstance(wanted, slice):
             return Sequence(item.kind if item.kind in (list, tuple) else tuple, item.items[wanted])
+        items = tuple(item.items) if item.kind is tuple else item.items  # whose errors say what they are of
         try:
-            return item.items[wanted]
+            return items[wanted]
         except (IndexError, TypeError) as error:
             raise Raised(error) from None
 

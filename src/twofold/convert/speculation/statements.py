@@ -6,15 +6,16 @@ import ast
 import operator
 from collections.abc import Callable, Iterator
 from enum import Enum
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
 
 from .builtin_functions import BuiltinFunctions
 from .expressions import OPERATORS
-from .items import NONE, Dynamic, Instance, Item, Known, Mapping, Method, Outside, Scope, Sequence, Tensor
+from .items import NONE, Dynamic, Instance, Item, Known, Mapping, Method, Outside, Scope, Sequence, Stream, Tensor
 from .library import CONTEXTS, find_in_class
-from .objects import LISTS, Namespace, Raised
+from .objects import LISTS, Raised
 from .source import Code
 
 MAX_ITERATIONS = 20_000
@@ -44,11 +45,11 @@ class Interpreter(BuiltinFunctions):
         return result if flow is Flow.RETURN else NONE
 
     def collect(self, code: Code) -> Item:
-        """Run a generator of the library to its end: what it yields, in a list."""
+        """Run a generator of the library to its end, and return one of what it yields."""
         outer, self.yielded = self.yielded, []
         try:
             self.execute_all(code.body)
-            return Sequence(list, self.yielded)
+            return Stream(iter(self.yielded), GeneratorType)
         finally:
             self.yielded = outer
 
@@ -103,7 +104,7 @@ class Interpreter(BuiltinFunctions):
 
     def _execute_Assert(self, node: ast.Assert) -> None:
         if not self.truth(self.evaluate(node.test)):
-            raise Raised(AssertionError("" if node.msg is None else self.known(self.evaluate(node.msg))))
+            raise Raised(AssertionError(*[] if node.msg is None else [self.known(self.evaluate(node.msg))]))
 
     def _execute_Raise(self, node: ast.Raise) -> None:
         if node.exc is None or node.cause is not None:
@@ -119,13 +120,10 @@ class Interpreter(BuiltinFunctions):
     def _execute_Delete(self, node: ast.Delete) -> None:
         for target in node.targets:
             if isinstance(target, ast.Name) and target.id in self.scope.names:
-                self.scope.variables.pop(target.id, None)
+                if self.scope.variables.pop(target.id, None) is None:
+                    raise self.refuse("raises", f"UnboundLocalError: {target.id}")
             elif isinstance(target, ast.Subscript):
-                holder = self.evaluate(target.value)
-                if not isinstance(holder, Mapping | Sequence) or holder.value is not None or holder.kind is Namespace:
-                    raise self.refuse("unsupported_syntax", "deletes an item of an object from outside")
-                key = self.known(self.evaluate(target.slice))
-                del (holder.entries if isinstance(holder, Mapping) else holder.items)[key]
+                self.delete_item(self.evaluate(target.value), self.evaluate(target.slice))
             else:
                 raise self.refuse("unsupported_syntax", "deletes an attribute")
 
@@ -156,12 +154,13 @@ class Interpreter(BuiltinFunctions):
 
     def _unpack(self, targets: list[ast.expr], items: list[Item]) -> None:
         starred = next((i for i, target in enumerate(targets) if isinstance(target, ast.Starred)), None)
+        wanted = len(targets) if starred is None else len(targets) - 1
+        if len(items) < wanted or (starred is None and len(items) > wanted):
+            raise Raised(_unpacking_error(len(items), wanted, starred is not None))
         if starred is not None:
             after = len(targets) - starred - 1
             middle = Sequence(list, items[starred : len(items) - after])
             items = [*items[:starred], middle, *items[len(items) - after :]]
-        if len(items) != len(targets):
-            raise Raised(ValueError(f"cannot unpack {len(items)} values into {len(targets)}"))
         for target, item in zip(targets, items, strict=True):
             self.assign(target.value if isinstance(target, ast.Starred) else target, item)
 
@@ -195,7 +194,29 @@ class Interpreter(BuiltinFunctions):
             found = find_in_class(self.type_of(item), f"__i{name}__")
             if found is not None:
                 return self.call(Method(Known(found[1]), item), [value], {})
+        if isinstance(item, Sequence | Mapping | Dynamic):
+            kind = type(item.sample) if isinstance(item, Dynamic) else item.kind
+            if hasattr(kind, f"__{in_place.__name__}__"):
+                return self._change_in_place(item, in_place, value)
         return self.operate(function, name, item, value)
+
+    def _change_in_place(self, item: Item, in_place: Any, value: Item) -> Item:
+        """Do what changes a container of the call, which may have other names, and is none of the cases above."""
+        match item:
+            case Sequence() if item.kind is list and item.value is None:
+                item.items[:] = item.items * self.known(value)
+            case Mapping() if item.kind is dict and item.value is None and in_place is operator.ior:
+                self._mapping_method(item, "update", [value], {})
+            case Mapping() if item.kind is set and item.value is None:
+                entries = set(item.entries)
+                changed = self.dry_run(in_place, [entries, self.known(value)], {})
+                for key in list(item.entries):
+                    if key not in changed:
+                        del item.entries[key]
+                item.entries.update((key, Known(key)) for key in changed if key not in item.entries)
+            case _:
+                raise self.refuse("unsupported_object", f"changes {self.describe(item)} in place")
+        return item
 
     # ---- control flow ------------------------------------------------------------------------------------
 
@@ -285,6 +306,16 @@ class Interpreter(BuiltinFunctions):
         if handler.type is None:
             return True
         return isinstance(error, self.known(self.evaluate(handler.type)))
+
+
+def _unpacking_error(given: int, wanted: int, is_starred: bool) -> ValueError:
+    """Return what Python raises, in its own words."""
+    names = [f"a{index}" for index in range(wanted)] + ["*rest"] * is_starred
+    try:
+        exec(f"[{', '.join(names)}] = range({given})", {})
+    except ValueError as error:
+        return error
+    raise AssertionError("expected another count")
 
 
 _WORDS: dict[type, str] = {

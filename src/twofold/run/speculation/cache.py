@@ -17,6 +17,7 @@ from twofold.capture.trace_graph import Path, PathNode, TraceGraph
 from twofold.convert.speculation.generate import HostFunction, generate
 from twofold.convert.speculation.schedule import reads_in_place, schedule
 from twofold.convert.speculation.speculation import Assumption, Speculation
+from twofold.graph import current_ambient
 from twofold.run.account import Account, AssumptionCount
 from twofold.run.outputs import learn_layout
 
@@ -80,6 +81,8 @@ class GraphCache:
         """What the last call was found to be otherwise in, the latest thing, after tensor work had begun."""
         self.has_raised = False
         """Whether the last call raised something after tensor work had begun: only Python may run it now."""
+        self.had_graphs = False
+        """Whether there was any graph to try the last call by."""
         self.fetched: dict[PathNode, Any] = {}
         """What the last call fetched before its work was undone: where it went another way, this is what decided."""
         self._graphs: dict[PathNode, list[SpeculatedGraph]] = {}
@@ -96,21 +99,26 @@ class GraphCache:
 
     # ---- calls -------------------------------------------------------------------------------------------
 
-    def call(self, root: PathNode, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Path | None]:
+    def call(
+        self, root: PathNode, arguments: tuple[Any, ...], keywords: dict[str, Any], laid_out: Path | None = None
+    ) -> tuple[Any, Path | None]:
         """Run a call by the first graph whose assumptions hold; return its result and path, or `MISSED`.
 
+        `laid_out`: a path whose parameters and buffers are known to be laid out as they were.
         Raises what an effect raises, and lets KeyboardInterrupt and its like through, undone.
         """
         graphs = self._graphs.get(root)
         self.fetched, self.has_raised, self.undone = {}, False, None
+        self.had_graphs = bool(graphs)
         if not graphs:
             return MISSED, None
         self._calls += 1
         failed: list[tuple[int, ...]] = []
         for place, graph in enumerate(tuple(graphs)):
-            if any(map(graph.shares, failed)) or not graph.work.path.can_begin():
+            path = graph.work.path
+            if (failed and any(map(graph.shares, failed))) or not path.can_begin():
                 continue
-            unit = SpeculatedUnit(graph.work)
+            unit = SpeculatedUnit(graph.work, path is laid_out)
             result = _run(graph, unit, arguments, keywords)
             if result is not MISSED:
                 graph.runs += 1
@@ -120,7 +128,7 @@ class GraphCache:
                     graphs.insert(0, graph)
                 if self.undone is not None:
                     self._note_retried(self.undone)
-                return result, graph.work.path
+                return result, path
             was_found_out_late = self._learn(graph, unit)
             if unit.failed_at is None:
                 self.has_raised = was_found_out_late
@@ -199,7 +207,7 @@ class GraphCache:
         self._conversions += 1
         path = speculation.path
         scheduled = schedule(speculation.host, reads_in_place(path.program))
-        function = generate(scheduled, speculation.roots)
+        function = generate(scheduled, speculation.roots, current_ambient())  # that of all units of the root
         work = TensorWork(path, scheduled, functools.partial(learn_layout, self._trace_graph, self._account))
         known = set(self._trace_graph.roots.values())
         for forgotten in [root for root in self._graphs if root not in known]:

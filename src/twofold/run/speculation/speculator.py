@@ -68,25 +68,28 @@ class Speculator:
         keywords: dict[str, Any],
         signature: Signature,
         root: PathNode,
+        laid_out: Path | None = None,
     ) -> tuple[Any, Path | None]:
         """Run a call without its Python; return its result and its path, or `MISSED` and None.
+
+        `laid_out`: a path whose parameters and buffers are known to be laid out as they were.
 
         Raises `NotConvertibleError` where speculation is demanded, strictly, and refused; else what effects of the
         call raise.
         """
-        self._look_for_paths()
+        if len(self._graph.paths) != self._paths:
+            self._look_for_paths()
         if self._account.iterations < self._pause_until:
             return MISSED, None
-        had_graphs = self.cache.has_graphs(root)
-        result, path = self.cache.call(root, arguments, keywords)
+        result, path = self.cache.call(root, arguments, keywords, laid_out)
         if result is not MISSED:
             return result, path
         is_postponed = False
         if self._may_convert(root):
             is_postponed = not self._pace.fits(Work.CONVERT)
             if not is_postponed and self._convert(function, arguments, keywords, signature, root):
-                return self.cache.call(root, arguments, keywords)
-        if had_graphs and not is_postponed:
+                return self.cache.call(root, arguments, keywords, laid_out)
+        if self.cache.had_graphs and not is_postponed:
             self.cache.note_failed()
         if self.cache.undone is not None and self.cache.undone not in self._refused_ways:
             # Ways come in runs, and this one has no graph yet.
@@ -95,9 +98,7 @@ class Speculator:
         return result, path
 
     def _look_for_paths(self) -> None:
-        """Where paths were added, forgive what was refused or failed for want of them: coins take their time."""
-        if len(self._graph.paths) == self._paths:
-            return
+        """Paths were added, or dropped: forgive what was refused or failed for want of them; coins take their time."""
         self._paths = len(self._graph.paths)
         self.cache.forgive()
         if self._lacks_graph:

@@ -20,6 +20,7 @@ from twofold.graph import Graph, values_in
 from twofold.run.graph_runner import GraphRunner
 from twofold.run.outputs import LearnLayout, outputs_of
 from twofold.run.placeholders import with_freed_history
+from twofold.run.placement import guards_of
 
 FAILED: Final = object()
 """What a host function returns when an assumption does not hold."""
@@ -33,6 +34,28 @@ class CannotSpeculate(Exception):
     """The call does not fit the graph in a way that no assumption names. Raised before `commit`; the reason."""
 
 
+class _Feed:
+    """What is fed in one place."""
+
+    __slots__ = ("_guards", "role")
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self._guards: Any = None
+        """Those of what was accepted last: PyTorch compares types, shapes and so on at once."""
+
+    def accepts(self, given: Any) -> bool:
+        """Whether the role does."""
+        role, guards = self.role, self._guards
+        if guards is not None and guards.check(given):
+            return id(given) not in role.placeholders and given.untyped_storage()._cdata not in role.written
+        if not role.accepts(given):
+            return False
+        if not role.is_number and not given.requires_grad:  # so that it is a leaf too
+            self._guards = guards_of((given,))
+        return True
+
+
 class TensorWork:
     """What all units of one speculated graph share: a path, and which of its tensors Python is handed."""
 
@@ -42,7 +65,7 @@ class TensorWork:
         self.learn = learn
         self._optimizers = tuple(self.program.optimizers.values())
         last = path.nodes[-1]
-        self.roles: dict[int, Role] = {index: last.role_of(index)[0] for index in self.program.feeds.values()}
+        self.feeds = {index: _Feed(last.role_of(index)[0]) for index in self.program.feeds.values()}
         kept: list[Any] = [node.arguments[1] for node in scheduled.nodes if node.target is tensor]
         self.slots: tuple[int, ...] = tuple(dict.fromkeys(kept))
         self.bare: frozenset[int] = frozenset(kept) - _seen_with_history(scheduled)
@@ -54,12 +77,16 @@ class TensorWork:
         """Whether the path can still be launched with the program that the graph was made for."""
         return self.path.program is self.program and not self.path.stale and self.path.executable is not None
 
-    def runner(self, feeds: dict[int, Any], given: dict[int, Any]) -> GraphRunner:
-        """Return what runs one unit. Raises `CannotSpeculate` if the state is not that for which it was made."""
+    def runner(self, feeds: dict[int, Any], given: dict[int, Any], is_laid_out: bool) -> GraphRunner:
+        """Return what runs one unit. `is_laid_out`: parameters and buffers are known to be laid out as they were.
+
+        Raises `CannotSpeculate` if the state is not that for which it was made.
+        """
         if not self.is_up_to_date():
             raise CannotSpeculate("the graph of the path is being built again")
         installed = self.path.executable
-        if not installed.placement.is_kept():
+        placement = installed.placement
+        if not placement.has_kept_memory() or not (is_laid_out or placement.has_kept_layouts()):
             raise CannotSpeculate("a parameter or buffer was replaced")
         if torch.is_inference_mode_enabled() != self.program.is_inference:
             raise CannotSpeculate("the call enters or leaves inference mode")
@@ -93,6 +120,7 @@ class SpeculatedUnit:
         "_feeds",
         "_fetched",
         "_given",
+        "_is_laid_out",
         "_outputs",
         "_run",
         "_undo",
@@ -101,8 +129,10 @@ class SpeculatedUnit:
         "is_committed",
     )
 
-    def __init__(self, work: TensorWork) -> None:
+    def __init__(self, work: TensorWork, is_laid_out: bool = False) -> None:
+        """`is_laid_out`: see `TensorWork.runner`."""
         self._work = work
+        self._is_laid_out = is_laid_out
         self._given: dict[int, Any] = {}
         self._feeds: dict[int, Any] = {}
         self._run: GraphRunner | None = None
@@ -128,11 +158,12 @@ class SpeculatedUnit:
 
     def give(self, index: int, given: Any) -> None:
         """See `Unit.give`. Raises `CannotSpeculate` for what the path does not take there."""
-        role = self._work.roles[index]
-        if not role.accepts(given):
+        feed = self._work.feeds[index]
+        if not feed.accepts(given):
             raise CannotSpeculate("a tensor of another kind was given")
         self._given[index] = given
         # No copy, as the skeleton needs: until all is launched, nothing here writes to the memory of a feed.
+        role = feed.role
         self._feeds[index] = number_tensor(given, role.spec.dtype, role.spec.device) if role.is_number else given
 
     def read(self, event: int, function: Callable[..., Any], *rest: Any) -> Any:
@@ -221,5 +252,5 @@ class SpeculatedUnit:
 
     def _started(self) -> GraphRunner:
         if self._run is None:
-            self._run = self._work.runner(self._feeds, self._given)
+            self._run = self._work.runner(self._feeds, self._given, self._is_laid_out)
         return self._run

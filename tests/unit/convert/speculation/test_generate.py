@@ -172,6 +172,56 @@ def test_operations_on_what_the_unit_hands_out_run_under_their_own_modes() -> No
     assert [one.requires_grad for one in result] == [True, False]
 
 
+def test_operations_under_the_modes_of_all_calls_set_none() -> None:
+    from twofold.graph import Ambient
+
+    builder = GraphBuilder("step")
+    unit, _, _ = (builder.input(name, None) for name in ("unit", "arguments", "keywords"))
+    made = builder.call(torch.neg, builder.call(tensor, unit, 0, result=None), result=None, ambient=Ambient(grad=False))
+    graph = schedule(builder.finish([made]))
+    assert "with" not in generate(graph, {}, Ambient(grad=False)).text
+    assert "with" in generate(graph, {}, Ambient()).text
+
+
+class Altered(torch.nn.Module):
+    """Its tables are not where a module has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stride = 1
+
+    @property
+    def _buffers(self) -> dict[str, Any]:  # type: ignore[override]
+        return {"other": 2}
+
+    @_buffers.setter
+    def _buffers(self, value: Any) -> None:
+        self.__dict__["_buffers"] = value
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "is_read_there"),
+    [
+        (torch.nn.Conv1d(1, 1, 1), "stride", True),
+        (torch.nn.Conv1d(1, 1, 1), "_parameters", True),
+        (Altered(), "_modules", True),
+        (Altered(), "stride", False),
+        (Altered(), "_buffers", False),
+    ],
+)
+def test_guards_read_a_module_where_its_class_does(module: torch.nn.Module, name: str, is_read_there: bool) -> None:
+    builder = GraphBuilder("step")
+    for one in ("unit", "arguments", "keywords"):
+        builder.input(one, None)
+    root = builder.input("module", None)
+    builder.node("assert", None, (builder.call(operator.is_, root, Constant(module), result=None),), {"message": "0"})
+    (found,) = builder.node("get_attr", None, (root, name), results=(None,))
+    builder.node("assert", None, (builder.call(operator.is_, found, found, result=None),), {"message": "1"})
+    made = generate(schedule(builder.finish([found])), {root: module})
+    assert ("__dict__" in made.text) is is_read_there
+    assert made.call(FakeUnit([1.0]), (), {}) == getattr(module, name)
+
+
 def test_nodes_with_bodies_are_refused() -> None:
     builder = GraphBuilder("step")
     values = [builder.input(name, None) for name in ("unit", "arguments", "keywords")]
