@@ -23,8 +23,10 @@ from twofold.errors import OptionError
 from twofold.options import Options
 from twofold.plain_recursion import PlainRecursion
 from twofold.report import Report
+from twofold.run.account import Account
 from twofold.run.rounds import LoopUnits
 from twofold.run.speculation.cache import MISSED
+from twofold.subgraph import SubGraphFunction
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -261,10 +263,16 @@ def program(**options: Any) -> Program:
 
 
 def report(of: Any) -> Report:
-    """Return the account of a function or program: what ran where and why."""
+    """Return the account of a function or program, or of a recursive function: what ran where and why."""
+    if isinstance(of, SubGraphFunction):
+        account = Account(of.function.__qualname__, "recursion")
+        account.recursions = [of.described()]
+        return Report(account)
     driver = getattr(of, "_driver", None)
     if not isinstance(driver, Driver):
-        raise OptionError(f"twofold.report needs what twofold.function or twofold.program returned, got {of!r:.60}")
+        raise OptionError(
+            f"twofold.report needs what twofold.function, twofold.program or twofold.subgraph returned, got {of!r:.60}"
+        )
     driver.account.compile_seconds = driver.builder.compile_seconds()
     driver.speculator.cache.describe()
     if driver.recursion is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
@@ -315,7 +314,7 @@ class PlainRecursion:
 
     def describe(self) -> None:
         """Write to the account what ran of each function."""
-        self._account.recursions = [_described(callee) for callee in self._callees.values() if callee.programs]
+        self._account.recursions = [callee.described() for callee in self._callees.values() if callee.programs]
 
 
 _OF_HISTORY = HOOKS | {torch.autograd.grad, torch.Tensor.backward, torch.autograd.backward}
@@ -328,22 +327,3 @@ def _others_watch() -> bool:
 
 def _is_of_batch(tensor: torch.Tensor) -> bool:
     return type(tensor) is Deferred or type(tensor.grad_fn).__name__ == "RecursionBackward"
-
-
-def _described(callee: Undecorated) -> dict[str, Any]:
-    computed: Counter[str] = Counter()
-    blocks: list[dict[str, Any]] = []
-    for program in callee.programs:
-        computed.update(program.computed)
-        for block in program.all_blocks():
-            if block.staged or block.refusal:
-                blocks.append({"name": block.block.body.name, "together": bool(block.staged), "reason": block.refusal})
-    code = callee.function.__code__
-    return {
-        "function": callee.function.__qualname__,
-        "origin": f"{code.co_filename}:{code.co_firstlineno}",
-        "together": computed["together"],
-        "singly": computed["singly"],
-        "blocks": blocks,
-        "unbatched": callee.unbatched,
-    }

@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 
 from twofold.errors import CODES
 from twofold.run.account import Account, Lane, Span
+from twofold.run.recursion import NATIVE
 
 LANES: Final[dict[Lane, int]] = {"python": 1, "graph": 2}
 """Thread number of each lane in a timeline; the order is that on the screen."""
@@ -164,7 +165,8 @@ class Report:
         """A few lines: mode, shares, sizes, times."""
         numbers = self._numbers
         if not numbers["iterations"]:
-            return ["nothing has run yet"]
+            ran = [entry["function"] for entry in self._recursions if entry["together"] or entry["singly"]]
+            return [] if ran else ["nothing has run yet"]
         calls = numbers["graph_calls"] + numbers["eager_calls"]
         return [
             f"engine {numbers['engine']}, backend {numbers['backend']}",
@@ -301,8 +303,14 @@ def _assumption_line(entry: dict[str, Any]) -> str:
 def _recursion_lines(entry: dict[str, Any]) -> Iterator[str]:
     yield f"  {entry['function']}: {entry['together']:,} invocations batched, {entry['singly']:,} singly"
     yield f"            at {entry['origin']}"
+    if entry["refusal"]:
+        yield f"            runs as plain Python: {entry['refusal']}"
     for block in entry["blocks"]:
         yield f"            {block['name']}: {'batched' if block['together'] else block['reason']}"
+        for way in ("forward", "backward"):
+            for how, count in block[f"levels_{way}"].items():
+                ran = how if how == NATIVE else f"ATen calls, since {how}"
+                yield f"              levels {way}, {_count(count, 'batch', 'es')}: {ran}"
     for reason, count in entry["unbatched"].items():
         yield f"  {count:>6,} x  one by one: {reason}"
 

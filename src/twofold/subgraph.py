@@ -111,6 +111,22 @@ class SubGraphFunction(Recursive):
             counts.update(program.captures.counts)
         return dict(counts)
 
+    def described(self) -> dict[str, Any]:
+        """Return what ran of it, and how: the entry of a report."""
+        computed: Counter[str] = Counter()
+        for program in self.programs:
+            computed.update(program.computed)
+        code = self.function.__code__
+        return {
+            "function": self.function.__qualname__,
+            "origin": f"{code.co_filename}:{code.co_firstlineno}",
+            "refusal": None if self.refusal is None else str(self.refusal),
+            "together": computed["together"],
+            "singly": computed["singly"],
+            "blocks": [entry for program in self.programs for entry in program.described()],
+            "unbatched": self.unbatched,
+        }
+
     def show(self) -> str:
         """Return the function's SubGraph, and those it invokes, as text. Raises `NotConvertibleError`."""
         try:

@@ -601,3 +601,27 @@ def test_an_operation_is_given_a_list_that_python_made() -> None:
     for one in [tree(1, tree(2), tree(2)), tree(3, tree(4), tree(1))] * 3:
         assert torch.equal(decorated(one) + 0, plain(one))
     assert decorated.refusal is None
+
+
+def test_a_label_to_be_ignored_is_as_in_plain_python() -> None:
+    def run(decorate: Decorate) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 4)
+
+        @decorate
+        def losses(node: Any) -> Any:
+            own = torch.nn.functional.cross_entropy(layer(torch.ones(1, 3)), torch.tensor([node.label]))
+            for child in node.children:
+                own = own + losses(child)
+            return own
+
+        found: list[torch.Tensor] = []
+        for label in (1, 1, -100, 2):
+            layer.zero_grad()
+            total = losses(Tree(0, label, 1.0, [Tree(0, 2, 1.0, [])]))
+            total.backward()
+            found += [total.detach(), layer.weight.grad.clone()]
+        assert found[4].isnan()
+        return [torch.nan_to_num(tensor, 7.0) for tensor in found]
+
+    both(run)

@@ -6,7 +6,6 @@ The compiler is the one that Inductor uses. A text is compiled once in a process
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import functools
 import os
@@ -37,15 +36,16 @@ NICENESS = 3
 """As that of the compile process."""
 
 
-def ordered(text: str) -> Callable[..., None] | None:
-    """Return the function `run` of a text if it is compiled; else have it compiled, and return None."""
-    if not is_available():
-        return None
+def ordered(text: str) -> Callable[..., None] | str:
+    """Return the function `run` of a text if it is compiled; else have it compiled, and return why it is not there."""
+    lacking = lacks()
+    if lacking is not None:
+        return lacking
     known = _functions.get(text)
     if known is None:
         known = _functions[text] = _Order(text)
         start(known)
-    return known.function
+    return known.outcome
 
 
 def start(order: _Order) -> None:
@@ -57,30 +57,33 @@ def start(order: _Order) -> None:
 
 
 class _Order:
-    """A text that is to be compiled, and its function when that is there."""
+    """A text that is to be compiled, and its function when that is there, else why it is not."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.function: Callable[..., None] | None = None
+        self.outcome: Callable[..., None] | str = "it is being compiled"
 
     def compile(self) -> None:
         """Compile and load the text. Where that fails there is no function."""
+        try:
+            self.outcome = self._compiled()
+        except (OSError, AttributeError) as error:
+            self.outcome = f"its code cannot be compiled or loaded: {error}"
+
+    def _compiled(self) -> Callable[..., None] | str:
         folder = Path(_folder().name)
         source = folder / f"{id(self)}.cpp"
         library = source.with_suffix(".so")
         source.write_text(self.text)
         command = [*shlex.split(cpp_compiler()), *FLAGS, str(source), "-o", str(library)]
-        with contextlib.suppress(OSError, AttributeError):
-            done = subprocess.run(["nice", f"-n{NICENESS}", *command], capture_output=True, check=False)
-            if done.returncode == 0:
-                function = ctypes.CDLL(str(library)).run
-                function.restype = None
-                function.argtypes = [
-                    ctypes.c_void_p,
-                    *[ctypes.c_int64] * 3,
-                    *[ctypes.c_void_p] * 3,
-                ]
-                self.function = function
+        done = subprocess.run(["nice", f"-n{NICENESS}", *command], capture_output=True, check=False, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines()
+            return f"the C++ compiler failed with status {done.returncode}{': ' + said[0] if said else ''}"
+        function: Callable[..., None] = ctypes.CDLL(str(library)).run
+        function.restype = None  # type: ignore[attr-defined]
+        function.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 3]  # type: ignore[attr-defined]
+        return function
 
 
 def _serve() -> None:
@@ -101,10 +104,13 @@ def _folder() -> Any:
 
 
 @functools.cache
-def is_available() -> bool:
-    """Whether there is a compiler, a BLAS to call, and a processor whose fused multiplications are fast."""
-    fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return os.name == "posix" and fast and has_cpp_compiler() and gemm() is not None
+def lacks() -> str | None:
+    """Return what is missing for code to be compiled and to be worth it; None where nothing is."""
+    if os.name != "posix" or not has_cpp_compiler():
+        return f"there is no C++ compiler ({cpp_compiler()})"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "the processor has no fast fused multiplications"
+    return "PyTorch brings no BLAS that can be called (sgemm_)" if gemm() is None else None
 
 
 @functools.cache

@@ -104,7 +104,7 @@ class Account:
         self.batched_iterations = 0
         """Those of ``eager_iterations`` in which invocations of recursive functions ran batched."""
         self.recursions: list[dict[str, Any]] = []
-        """What ran of each recursive function that nobody decorated; set when a report is made."""
+        """What ran of each recursive function, of a unit those that nobody decorated; set when a report is made."""
 
         self.segments = 0
         self.paths = 0

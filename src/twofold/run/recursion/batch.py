@@ -1,13 +1,12 @@
-"""The invocations that wait to be computed, and how they are: all at once, or one after the other."""
+"""The invocations that wait to be computed."""
 
 from __future__ import annotations
 
-import itertools
+import sys
 import weakref
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,40 +15,15 @@ from torch.utils import _pytree as pytree
 
 from twofold.errors import StaleError
 
-from .autograd import differentiable_run
 from .blocks import RunnableBlock
-from .captured import Work, place
-from .captures import Captures
+from .compute import Owner, compute, compute_all
 from .deferred import PENDING, Deferred, Sum, defer, fill, held_once
-from .factors import Table
-from .known import GivenPile, Known, make_part, needed_for, own, split_off
-from .prepare import Column, SumBroken, Tables, column, sample, stage_group
-from .requests import Bundles, Exits, Request
-from .schedule import Group, Pile, Schedule, make_schedule
-from .vectorize import Sample
+from .known import Known, make_part, needed_for, split_off
+from .requests import Bundles, Request
+from .schedule import Pile
 from .waves import Want
 
 _T = TypeVar("_T")
-
-
-class Owner(Protocol):
-    """What a batch needs of the program whose invocations it holds."""
-
-    name: str
-    tables: Tables
-    results: tuple[int, ...]
-    refusals: dict[str, int]
-    computed: Counter[str]
-    given: dict[Any, RunnableBlock]
-    captures: Captures
-
-    def all_blocks(self) -> list[RunnableBlock]:
-        """Return all blocks met so far, variants included."""
-        ...
-
-    def versions(self) -> list[int]:
-        """Return the version counters of the tensors from outside."""
-        ...
 
 
 class Batch:
@@ -68,6 +42,8 @@ class Batch:
         self._shared = False
         self._planning = 0
         self._known: dict[int, Known] = {}
+        self._last: list[_Given] = []
+        """What the last call from ordinary Python returned: given out again where nobody has held it."""
         self._held: list[tuple[Tensor, int]] = []
         """Tensors that host values are, with their versions then."""
 
@@ -93,6 +69,7 @@ class Batch:
 
     def rewind(self, mark: int) -> None:
         """Drop the invocations emitted since the mark: their call has failed."""
+        self._last = []
         for pile in self._piles.values():
             pile.drop(mark)
         del self.levels[mark:]
@@ -157,13 +134,29 @@ class Batch:
 
     def results(self, number: int) -> list[Deferred]:
         """Return what an invocation of the program's function returns; what the host keeps of it is the same object."""
-        found: list[Deferred] = []
-        name = self._program.name
+        if self._keepers:
+            return self._results_kept(number)
+        name, before, self._last = self._program.name, self._last, []
         for output, result in enumerate(self._program.results):
-            kept = self._kept(number, output) if self._keepers else None
+            if before and _is_dropped(before[output]):  # a new one takes 2 µs, a call 30
+                given = before[output]
+                self._wanted[given.place] = number, output, given.reference
+            else:
+                deferred = defer()
+                given = _Given(deferred, weakref.ref(deferred), len(self._wanted))
+                self._wanted.append((number, output, given.reference))
+            given.deferred.place = self, number, name, result
+            self._last.append(given)
+        return [given.deferred for given in self._last]
+
+    def _results_kept(self, number: int) -> list[Deferred]:
+        found: list[Deferred] = []
+        self._last = []
+        for output, result in enumerate(self._program.results):
+            kept = self._kept(number, output)
             if kept is None:
                 kept = defer()
-                kept.place = self, number, name, result
+                kept.place = self, number, self._program.name, result
                 self._wanted.append((number, output, weakref.ref(kept)))
             found.append(kept)
         return found
@@ -186,7 +179,7 @@ class Batch:
             piles = split_off(self._piles.values(), chosen)
             part = make_part(piles, self._known, self._program.given)
             with torch.set_grad_enabled(self._grad):
-                computed = self._compute_all(part.piles, part.levels)
+                computed = compute_all(self._program, part.piles, part.levels)
             self._known.update((number, computed[part.local[number]]) for number in chosen)
         copied: dict[int, Any] = {}
         return [_read(self._known[want.number], want.table[1], copied) for want in wants]
@@ -199,6 +192,7 @@ class Batch:
         While a call is being planned (its own Python asks for a value) the invocations stay, since others will take
         results from them, and are computed again with those.
         """
+        self._last = []
         levels, wanted, known, versions = self.levels[:], self._wanted, self._known, self._versions
         piles = [pile.copy() for pile in self._piles.values() if pile.tasks]
         self._wanted = []
@@ -222,7 +216,7 @@ class Batch:
                 piles, levels, local, shared = part.piles, part.levels, part.local, True
             with torch.set_grad_enabled(self._grad):
                 asked = [Request(local[request.task], request.output) for request in leaving.requests]
-                computed = self._compute(piles, levels, replace(leaving, requests=asked), shared)
+                computed = compute(self._program, piles, levels, replace(leaving, requests=asked), shared)
                 found = dict(zip(requests, computed, strict=False))
                 for total, together in zip(joined, computed[len(requests) :], strict=True):
                     total.together = together
@@ -263,94 +257,6 @@ class Batch:
         for pile in self._piles.values():
             pile.drop(0)
 
-    def _compute(self, piles: list[Pile], levels: list[int], leaving: Bundles, shared: bool) -> Sequence[Tensor]:
-        """Compute invocations; return the requested tensors."""
-        tasks = [request.task for request in leaving.requests]
-
-        def together() -> Sequence[Tensor]:
-            return self._together(piles, levels, tasks, shared, lambda _: leaving)[0]
-
-        def singly() -> Sequence[Tensor]:
-            outputs = one_by_one(piles, len(levels), self._program.tables.samples)
-            return leaving.tied([own(outputs[request.task][request.output]) for request in leaving.requests])
-
-        return self._batched(piles, together, singly)
-
-    def _compute_all(self, piles: list[Pile], levels: list[int]) -> dict[int, Known]:
-        """Compute invocations; return all their results, those of one block as rows of the same tensors."""
-
-        def together() -> dict[int, Known]:
-            tensors, schedule = self._together(piles, levels, [], True, _all_outputs)
-            rest, known = iter(tensors), dict[int, Known]()
-            for group in schedule.groups:
-                if not isinstance(group.pile, GivenPile):
-                    results = group.block.block.results
-                    values = [next(rest) for _ in results]
-                    known.update((int(task), Known(results, values, row)) for row, task in enumerate(group.tasks))
-            return known
-
-        def singly() -> dict[int, Known]:
-            outputs = one_by_one(piles, len(levels), self._program.tables.samples)
-            return {t: Known(pile.block.block.results, outputs[t], None) for pile in piles for t in pile.tasks}
-
-        return self._batched(piles, together, singly)
-
-    def _batched(self, piles: list[Pile], together: Callable[[], _T], singly: Callable[[], _T]) -> _T:
-        """Compute all at once if results are known well enough and it can be done; else one by one."""
-        samples = self._program.tables.samples
-        count = sum(len(pile.tasks) for pile in piles)
-        reason = None
-        if all((pile.block.function, result) in samples for pile in piles for result in pile.block.block.results):
-            try:
-                found = together()
-                self._program.computed["together"] += count
-                return found
-            except Exception as error:  # noqa: BLE001 - one by one, an operation that fails is found with its line
-                reason = str(error) or type(error).__name__
-        computed = singly()
-        self._program.computed["singly"] += count
-        if reason is not None:
-            self._program.refusals[reason] = self._program.refusals.get(reason, 0) + 1
-        return computed
-
-    def _together(
-        self,
-        piles: list[Pile],
-        levels: list[int],
-        requested: list[int],
-        shared: bool,
-        leaving: Callable[[Schedule], Bundles],
-    ) -> tuple[Sequence[Tensor], Schedule]:
-        """Run all invocations level by level. Raises `NotBatchableError`."""
-        tables = self._program.tables
-        device = next(iter(tables.samples.values())).device
-        schedule = make_schedule(piles, levels, device, requested, shared)
-        bundles = leaving(schedule)
-        schedule.requested = [request.task for request in bundles.requests]
-        columns = [_columns(group, device) for group in schedule.groups]
-        parameters = list({id(p): p for pile in piles for p in pile.block.parameters}.values())
-        tensors = [column for held in columns for column in held if isinstance(column, Tensor)]
-        differentiate = self._grad and (bool(parameters) or any(tensor.requires_grad for tensor in tensors))
-        while True:
-            tables.update(self._program.all_blocks())
-            try:
-                staged = [
-                    stage_group(group.block, [sample(c, device, differentiate) for c in held], tables, differentiate)
-                    for group, held in zip(schedule.groups, columns, strict=True)
-                ]
-                break
-            except SumBroken as broken:
-                tables.not_summed.add(broken.table)
-        exits = Exits(bundles, schedule.leave(bundles.requests, tables.summed | tables.chained))
-        work = Work(schedule, staged, columns, tables.summed, differentiate)
-        lease = self._program.captures.lease(work)
-        if lease is not None:
-            return differentiable_run(lease, exits, parameters, [], differentiate), schedule
-        placed = [place(held, device) for held in columns]
-        return differentiable_run(
-            replace(work, columns=placed).run(), exits, parameters, placed, differentiate
-        ), schedule
-
 
 def _tensors(total: Sum) -> list[Any]:
     return [term for term in total.terms if isinstance(term, Tensor)]
@@ -358,6 +264,23 @@ def _tensors(total: Sum) -> list[Any]:
 
 _Wanted = tuple[int, int, weakref.ref[Deferred]]
 """A tensor to be filled in, if it is still held: the invocation, and which of its outputs."""
+
+
+class _Given(NamedTuple):
+    """A tensor that a call returned, and its place among those to be filled in."""
+
+    deferred: Deferred
+    reference: weakref.ref[Deferred]
+    place: int
+
+
+def _is_dropped(given: _Given) -> bool:
+    """Say whether only the batch holds a deferred tensor that it gave out, and nobody has left a mark on it."""
+    deferred, reference, _ = given
+    # What was given, for the reference what is wanted too, the name here, and the question itself.
+    alone = sys.getrefcount(deferred) == 3 and sys.getrefcount(reference) == 4
+    return alone and len(deferred.__dict__) == 1
+
 
 _CHANGEABLE = (list, tuple, np.ndarray)
 
@@ -367,48 +290,6 @@ def _as_it_is(host: Any) -> Any:
     if type(host) in (list, tuple):
         return type(host)(map(_as_it_is, host))
     return host.copy() if type(host) is np.ndarray else host
-
-
-def _all_outputs(schedule: Schedule) -> Bundles:
-    requests: list[Request] = []
-    sizes: list[int | None] = []
-    for group in schedule.groups:
-        if not isinstance(group.pile, GivenPile):
-            for output in range(len(group.block.block.results)):
-                requests += [Request(int(task), output) for task in group.tasks]
-                sizes.append(len(group.tasks))
-    return Bundles(requests, sizes)
-
-
-def _columns(group: Group, device: torch.device) -> list[Column]:
-    if not group.block.block.hosts:
-        return []
-    if isinstance(group.pile, GivenPile):
-        return [group.pile.column(index, group.order, device) for index in range(group.block.block.hosts)]
-    return [column(values, group.order) for values in group.pile.hosts]
-
-
-def one_by_one(piles: list[Pile], count: int, samples: dict[Table, Sample]) -> list[list[Any]]:
-    """Run each invocation by itself, with eager's own operations and history; note what results are like."""
-    work: list[Any] = [None] * count
-    for pile in piles:
-        known = pile.known if isinstance(pile, GivenPile) else itertools.repeat(None)
-        for (number, *rest), held in zip(pile.rows(), known, strict=False):
-            work[number] = pile.block, held, *rest
-    outputs: list[list[Any]] = []
-    for block, known, invocations, hosts in work:
-        if known is not None:
-            outputs.append([known.value(result) for result in block.block.results])
-            continue
-        operands = [
-            outputs[child := invocations[operand.invocation]][work[child][0].block.results.index(operand.result)]
-            for operand in block.operands
-        ]
-        outputs.append(block.run(operands, hosts))
-        for result, output in zip(block.block.results, outputs[-1], strict=False):
-            if isinstance(output, Tensor):
-                samples.setdefault((block.function, result), Sample.of(output))
-    return outputs
 
 
 def _read(known: Known, result: int, copied: dict[int, Any]) -> Any:

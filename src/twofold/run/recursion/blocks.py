@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,8 +16,9 @@ from twofold.convert.from_source import Block, Operand
 from twofold.errors import TwofoldError
 from twofold.graph import Constant, SubGraph, Value, map_values, values_in
 
-from .parts import Staged
-from .vectorize import Joint, run_body, tensors_of
+from .bodies import run_body, tensors_of
+from .parts import BY_LEVEL, Stage, Staged
+from .vectorize import Joint
 
 _ARITHMETIC = frozenset(
     {
@@ -96,6 +98,20 @@ class RunnableBlock:
         if known is None:
             known = self.variants[key] = RunnableBlock(_linked(self.block, places))
         return known
+
+    def described(self) -> dict[str, Any]:
+        """Return whether it ran for all invocations together, or why not; in how many batches levels ran as what."""
+        ran: dict[Stage, Counter[str]] = {stage: Counter() for stage in BY_LEVEL}
+        for staged in self.staged.values():
+            for stage in BY_LEVEL:
+                ran[stage].update(staged.stages[stage].ran)
+        return {
+            "name": self.block.body.name,
+            "together": bool(self.staged),
+            "reason": self.refusal,
+            "levels_forward": dict(ran[Stage.LEVEL]),
+            "levels_backward": dict(ran[Stage.BACK]),
+        }
 
     def run(self, operands: Sequence[Tensor], hosts: Sequence[Any]) -> list[Any]:
         """Run one invocation with PyTorch's own operations."""

@@ -46,6 +46,9 @@ class Work:
     def run(self) -> Run:
         """Return it to be run operation by operation."""
         placed = [place(columns, self.schedule.device) for columns in self.columns]
+        if self.schedule.device.type == "cpu":
+            for staged in self.staged:
+                staged.note_batch()
         runs = [GroupRun.of(*parts) for parts in zip(self.schedule.groups, self.staged, placed, strict=True)]
         return Run(self.schedule, runs, self.summed)
 

@@ -66,6 +66,18 @@ class Deferred(torch.Tensor):
 
     place: tuple[Any, int, str, int]
 
+    def __add__(self, other: Any) -> Any:
+        """Note a sum without a way through PyTorch's dispatch, which takes as long as the rest: `sum` has many."""
+        if type(other) in _PLAIN and not torch._C._len_torch_function_stack():
+            noted = PENDING.note_plain(_ADD, self, other)
+            if noted is not None:
+                return noted
+        return super().__add__(other)
+
+    def __radd__(self, other: Any) -> Any:
+        # Python asks the subclass first where a tensor comes before: the order is in messages.
+        return Tensor.__add__(other, self) if isinstance(other, Tensor) else self + other
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _NOTED:
@@ -116,10 +128,10 @@ class Pending(threading.local):
 
     def note(self, function: Any, args: Any, kwargs: Any) -> Deferred | None:
         """Note an operation and return its result to be; None if it must not wait."""
-        if self._flushing or self.planning or not self.waits or kwargs.get("out") is not None or changed():
-            return None
         if not kwargs and len(args) == 2 and type(args[0]) in _PLAIN and type(args[1]) in _PLAIN:
-            return self._noted_result(function, args, kwargs)
+            return self.note_plain(function, *args)
+        if kwargs.get("out") is not None or not self._may_note():
+            return None
         taken: list[Any] = []
         for leaf in (leaves := pytree.tree_flatten((args, kwargs)))[0]:
             if isinstance(leaf, Tensor) and type(leaf) is not Deferred:
@@ -128,6 +140,13 @@ class Pending(threading.local):
                 leaf = leaf.clone()
             taken.append(leaf)
         return self._noted_result(function, *pytree.tree_unflatten(taken, leaves[1]))
+
+    def note_plain(self, function: Any, first: Any, second: Any) -> Deferred | None:
+        """Do the same for two arguments, deferred tensors or Python's numbers."""
+        return self._noted_result(function, (first, second), {}) if self._may_note() else None
+
+    def _may_note(self) -> bool:
+        return not (self._flushing or self.planning or not self.waits or changed())
 
     def _noted_result(self, function: Any, arguments: Any, keywords: Any) -> Deferred | None:
         in_place = function in _IN_PLACE
@@ -225,6 +244,7 @@ def _at_the_call() -> Ambient:
 
 
 _PLAIN = (Deferred, int, float)
+_ADD: Any = Tensor.add
 _IN_PLACE = frozenset({Tensor.__iadd__, Tensor.add_})
 PENDING = Pending()
 

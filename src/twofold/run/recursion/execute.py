@@ -18,14 +18,11 @@ import torch
 from torch import Tensor
 
 from .factors import Link, Table
-from .native_run import Native, may_run, native_function, part
-from .parts import Crossing, Role, Stage, StageCode, Staged, View
+from .native_run import Native, may_run, native_function, part, turned
+from .parts import NATIVE, Crossing, Role, Stage, StageCode, Staged, View
 from .requests import Leaving
 from .schedule import Group, Named, Schedule, Segment, Use
 from .sums import Sums
-
-FEW_ROWS = 16
-"""Rows of a product from which on it takes MKL 30 µs more if a matrix of 336 by 840 is transposed; fewer, less."""
 
 
 @dataclass
@@ -52,8 +49,6 @@ class GroupRun:
     @classmethod
     def of(cls, group: Group, staged: Staged, columns: Sequence[Tensor]) -> GroupRun:
         """Begin with the host values of all invocations."""
-        if group.block.tensors and group.block.tensors[0].device.type == "cpu":
-            staged.note_batch()
         run = cls(group, staged, group.block.parameters, dict(zip(staged.hosts, columns, strict=True)))
         run.tables = {staged.outputs[output]: table for output, table in staged.written.items()}
         names = {staged.tangents[output]: table for output, table in staged.written.items()}
@@ -64,6 +59,11 @@ class GroupRun:
     def rows(self) -> int:
         """How many invocations there are."""
         return len(self.group.tasks)
+
+    @property
+    def most(self) -> int:
+        """How many there are at most at one level."""
+        return max(segment.rows for segment in self.group.segments)
 
     @property
     def function(self) -> str:
@@ -127,8 +127,9 @@ class Run:
 
     def _relieving(self, run: GroupRun) -> Callable[..., None] | None:
         """Return native code of the levels backward that relieves the stage before; None if it does not run."""
-        most = max(segment.rows for segment in run.group.segments)
-        return native_function(run.staged.stages[Stage.BACK].relieving, most, self._schedule.device)
+        code = run.staged.stages[Stage.BACK].relieving
+        function = "" if code is None else native_function(code, run.most, self._schedule.device)
+        return None if isinstance(function, str) else function
 
     def _levels(self, stage: Stage, levels: Iterable[list[Segment]]) -> None:
         """Run a stage level by level."""
@@ -150,10 +151,13 @@ class Run:
             return None, ()
         for crossing in code.kept:
             self._make_room(run, crossing)
-        most = max(segment.rows for segment in run.group.segments)
-        native = code.native if run.relieving is None or code.relieving is None else code.relieving
-        function = run.relieving if native is code.relieving else native_function(native, most, self._schedule.device)
-        if function is not None and native is not None:
+        native, function = code.native, run.relieving
+        if function is not None and code.relieving is not None:
+            native = code.relieving
+        else:
+            function = native_function(native, run.most, self._schedule.device)
+        code.ran[function if isinstance(function, str) else NATIVE] += 1
+        if not isinstance(function, str) and not isinstance(native, str):
             for name, view in code.inside.items():
                 run.whole[name] = view.make(run.rows, run.whole[view.crossing.name])
             given = [self._memory(run, role, what) for role, what in native.arguments]
@@ -175,7 +179,7 @@ class Run:
             case Role.VIEW:
                 return self._views(run, what)
             case Role.CONSTANT:
-                same: Any = self._turned(what.make(0, what.tensor), run.group.segments)
+                same: Any = turned(what.make(0, what.tensor), run.group.segments)
             case Role.CHILDREN:
                 return self._schedule.children(run.group.number, run.places(what))
             case Role.OWED:
@@ -204,16 +208,6 @@ class Run:
         whole = self._whole(run, view.crossing) if table is None else table[first:last]
         return run.split(view.make(run.rows, whole), 0, view.each)
 
-    @staticmethod
-    def _turned(matrix: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """Return a matrix that all levels multiply with as it lies in memory best for that, if it pays.
-
-        A product of few rows with a transposed matrix is slower, by up to a ninth of what turning the matrix takes.
-        """
-        turned = matrix.dim() != 2 or matrix.is_contiguous() or matrix.device.type != "cpu"
-        pays = not turned and sum(min(segment.rows, FEW_ROWS) for segment in segments) > 9 * FEW_ROWS
-        return matrix.contiguous() if pays else matrix
-
     def _make_room(self, run: GroupRun, crossing: Crossing) -> None:
         """Make the rows that a value is written to level by level."""
         if crossing.name in run.tables:
@@ -237,7 +231,7 @@ class Run:
                 return part(self._whole(run, what) if held is None else held, what.each, held is not None)
             case Role.CONSTANT:
                 held = what.make(what.tensor.detach())
-                held = self._turned(held, run.group.segments)
+                held = turned(held, run.group.segments)
                 if held.dim() == 2 and held.t().is_contiguous():
                     return held, int(not held.is_contiguous())
                 return held.contiguous(), 0

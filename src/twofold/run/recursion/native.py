@@ -27,7 +27,15 @@ aten = torch.ops.aten
 
 
 class NoNativeForm(Exception):
-    """A stage has an operation, or values, that only Python can run."""
+    """A stage has an operation, or values, that only Python can run. The text says which, for people."""
+
+
+def unfit(node: fx.Node) -> NoNativeForm:
+    """Return what is to be raised for a value that native code cannot read or write."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and (value.dtype is not torch.float32 or value.device.type != "cpu"):
+        return NoNativeForm(f"native code has no values of {value.dtype} on {value.device.type}")
+    return NoNativeForm(f"the rows of a value ({node.name}) lie in memory as native code cannot take them")
 
 
 @dataclass(frozen=True)
@@ -125,11 +133,11 @@ class NativeWriter:
             return self._scratch(node)
         crossing = self.crossings.get(node)
         if crossing is None or crossing.dtype is not torch.float32 or crossing.device != torch.device("cpu"):
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         if crossing.dimension is None:
             return Place(self._argument(Role.SAME, crossing, "float", None), torch.empty(node.meta["val"].shape), 0, 0)
         if crossing.dimension != 0:
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         step = crossing.each * math.prod(crossing.shape)
         if self.stages.get(node) is self.stage:
             name = self._argument(Role.PART, crossing, "float", step)
@@ -150,7 +158,7 @@ class NativeWriter:
         held = self._place(source)
         listed = isinstance(held, list)
         if cuts_rows(node) or (not listed and held.each == 0) or self.joint.rows.get(node, (0, 0))[0] != 0:
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         if listed:
             assert node.target is operator.getitem
             return held[node.args[1]]  # type: ignore[index]
@@ -158,7 +166,7 @@ class NativeWriter:
         examples = list(found) if isinstance(found, tuple | list) else [found]
         storage = held.example.untyped_storage().data_ptr()
         if any(example.untyped_storage().data_ptr() != storage for example in examples):
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         each = [self.joint.rows.get(node, (0, held.each * len(e) // len(held.example)))[1] for e in examples]
         made = [replace(held, example=e, each=n) for e, n in zip(examples, each, strict=True)]
         return made if isinstance(found, tuple | list) else made[0]
@@ -166,9 +174,9 @@ class NativeWriter:
     def _constant(self, base: fx.Node, chain: Sequence[fx.Node]) -> Place:
         tensor = self.joint.constants[str(base.target)]
         if any(node in self.joint.rows for node in chain) or tensor.dtype is not torch.float32:
-            raise NoNativeForm(base.name)
+            raise unfit(base)
         if tensor.device.type != "cpu":
-            raise NoNativeForm(base.name)
+            raise unfit(base)
         example = shown(tensor.detach(), chain)
         what = Same(tensor, lambda held: shown(held, chain), tuple(node.name for node in (base, *chain)))
         return Place(self._argument(Role.CONSTANT, what, "float", None), torch.empty(example.shape), 0, 0)
@@ -177,7 +185,7 @@ class NativeWriter:
         """Give a value that this stage alone sees memory for the rows of a level."""
         value = node.meta["val"]
         if node not in self.joint.rows or not self.joint.keeps_rows_first(node) or value.dtype is not torch.float32:
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         step = value.numel() // SIZES[0]
         name = self._argument(Role.SCRATCH, (node.name, step), "float", None)
         return Place(name, torch.empty(value.shape), self.joint.rows[node][1], step)
@@ -203,7 +211,7 @@ class NativeWriter:
         parts: Any = node.args[0]
         dimension: Any = (node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim()  # type: ignore[operator]
         if dimension == 0:
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         if node.target is aten.stack.default:
             examples = place.example.unbind(dimension)
         else:
@@ -223,25 +231,25 @@ class NativeWriter:
             place = self._place(node)
             self._each(EXPRESSIONS[node.target], node.args, place, node.meta["val"].shape)
         elif not is_view(node):
-            raise NoNativeForm(str(node.target))
+            raise NoNativeForm(f"{node.target} has no native form")
 
     def _product(self, node: fx.Node) -> None:
         *bias, left, right = node.args
         a, b, c = self._place(left), self._place(right), self._place(node)  # type: ignore[arg-type]
         (_, depth), (_, width) = a.example.shape, c.example.shape
         if a.each == 0 or b.each or a.example.stride(1) != 1 or c.example.stride(1) != 1 or a.each != c.each:
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         if a.step != a.each * a.example.stride(0) or c.step != c.each * c.example.stride(0):
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         if bias:
             if self._place(bias[0]).example.shape != (width,):  # type: ignore[arg-type]
-                raise NoNativeForm(node.name)
+                raise unfit(node)
             self._each("{0}", bias, c, node.meta["val"].shape)
         if bias and self._place(bias[0]).argument == b.argument:  # type: ignore[arg-type]
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         self.matrices.add(b.argument)
         if a.apart and a.each != 1:
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         turned = f"flags[{list(self.arguments.values()).index(b.argument)}]"
         self.steps.append(
             [
@@ -259,11 +267,11 @@ class NativeWriter:
                 texts.append(f"p{len(places)}[{{{len(places)}}}]")
                 places.append(self._place(argument))
                 if places[-1].argument in self.matrices:
-                    raise NoNativeForm(argument.name)
+                    raise unfit(argument)
             elif type(argument) in (int, float) and math.isfinite(argument):
                 texts.append(f"{float(argument)!r}f")
             else:
-                raise NoNativeForm(str(argument))
+                raise NoNativeForm(f"{argument!r} is no number that native code takes")
         sizes, strides = _nest([_inner(place, shape, out.each) for place in places])
         if not self.steps or self.steps[-1][0]:
             self.steps.append([""])
@@ -296,9 +304,9 @@ class NativeWriter:
         each = len(link.operands)
         row = place.step // each
         if place.each != each or place.example.stride(0) != row or not place.example[0].is_contiguous():
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         if place.example[0].numel() != row or (place.apart and each > 1):
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         table = self._argument(Role.GRADIENTS, link, "float", None)
         rows = self._argument(Role.OWED, link, "int64_t", each)
         once = f"flags[{list(self.arguments.values()).index(table)}]"
@@ -345,14 +353,14 @@ def _loop(step: list[str]) -> list[str]:
 def _inner(place: Place, shape: Sequence[int], each: int) -> list[tuple[int, int]]:
     """Return sizes and strides within an invocation of a value that is broadcast to a shape."""
     if place.each not in (0, each):
-        raise NoNativeForm("rows of several kinds")
+        raise NoNativeForm("an operation takes rows of several kinds")
     try:
         wide = place.example.expand(tuple(shape))
     except RuntimeError as error:
         raise NoNativeForm(str(error)) from error
     first = (each, wide.stride(0))
     if place.each and each * wide.stride(0) != place.step:
-        raise NoNativeForm("rows that lie apart")
+        raise NoNativeForm("an operation takes rows that lie apart")
     return [first, *zip(wide.shape[1:], wide.stride()[1:], strict=True)]
 
 

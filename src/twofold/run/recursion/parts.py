@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
@@ -21,6 +22,9 @@ aten = torch.ops.aten
 
 PATIENCE = 4
 """Batches that a stage runs from Python before native code is written, some 0.1 s, and compiled, 1 s of a core."""
+
+
+NATIVE = "native code"
 
 
 class Stage(IntEnum):
@@ -119,8 +123,8 @@ class NativeCode:
     widest: int
     """Elements that an operation makes of an invocation, at most."""
 
-    def ready(self) -> Callable[..., None] | None:
-        """Return the compiled function; None until it is there. It is ordered when it is asked for."""
+    def ready(self) -> Callable[..., None] | str:
+        """Return the compiled function, or why it is not there. It is ordered when it is asked for."""
         return cpu_code.ordered(self.text)
 
 
@@ -146,7 +150,8 @@ class StageCode:
     inside: dict[str, View]
     given: list[str]
     text: str
-    native: NativeCode | None = None
+    native: NativeCode | str = f"no {PATIENCE} batches had run"
+    """The same as C++, or why there is none."""
     in_passes: StageCode | None = None
     """The same with elementwise operations done in compiled passes."""
     passes: Sequence[NativeCode] = ()
@@ -155,6 +160,8 @@ class StageCode:
     """The same without what native code of `BACK` does by itself, a level at a time."""
     relieving: NativeCode | None = None
     """Native code of `BACK` that does so."""
+    ran: Counter[str] = field(default_factory=Counter[str])
+    """In how many batches it ran as what, for a stage that runs level by level: `NATIVE`, or why as ATen's calls."""
 
 
 @dataclass

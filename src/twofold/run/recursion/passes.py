@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .native import NativeWriter, NoNativeForm, Place, users_of
+from .native import NativeWriter, NoNativeForm, Place, unfit, users_of
 from .native_text import EXPRESSIONS, JOINING
 from .parts import NativeCode, Role, Stage, is_view
 from .vectorize import SIZES, Joint
@@ -38,11 +38,11 @@ class PassWriter(NativeWriter):
             return replace(self._scratch(node), passing=True)
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.dtype is not torch.float32 or value.device.type != "cpu":
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         name = self._argument(Role.PART, node.name, "float", None)
         dimension, each = self.joint.rows.get(node, (0, 0))
         if dimension != 0:
-            raise NoNativeForm(node.name)
+            raise unfit(node)
         step = value.numel() // SIZES[0] if each else 0
         apart = f"flags[{list(self.arguments).index((Role.PART, node.name))}]"
         return Place(name, torch.empty(value.shape), each, step, apart=apart)

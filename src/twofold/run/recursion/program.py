@@ -117,6 +117,10 @@ class Program:
         blocks = [*self.blocks.values(), *self.pieces.values()]
         return [*blocks, *(variant for block in blocks for variant in block.variants.values())]
 
+    def described(self) -> list[dict[str, Any]]:
+        """Return of each block whether it ran for all invocations together, and what its levels ran as."""
+        return [block.described() for block in self.all_blocks() if block.staged or block.refusal]
+
     def versions(self) -> list[int]:
         """Return the version counters of the tensors from outside."""
         return [tensor._version for tensor in self._tensors]

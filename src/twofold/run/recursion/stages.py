@@ -266,8 +266,9 @@ class Cut:
         returned: list[fx.Node],
     ) -> None:
         """Add native code to a stage, those before it first."""
-        if stage in BY_LEVEL and not returned and (kept or self.owed):
-            code.native = self._native(stage, nodes, kept, inside)
+        if stage in BY_LEVEL:
+            apart = "it makes values that are joined after the levels"
+            code.native = apart if returned else self._native(stage, nodes, kept, inside)
         if stage not in BY_LEVEL and (found := passes(self.joint, nodes, self.stage, stage)):
             writer = Writer(self.joint, self.stage, stage, self.children, kept, inside, found)
             for node in nodes:
@@ -278,8 +279,9 @@ class Cut:
             code.passes = [each.code for each in found]
             if stage is Stage.TURN:
                 self._relieve(code, found, nodes, returned)
-        if stage is Stage.BACK and code.native is not None and self.moved:
-            code.relieving = self._native(stage, [*self.moved, *nodes], kept, inside)
+        if stage is Stage.BACK and isinstance(code.native, NativeCode) and self.moved:
+            relieving = self._native(stage, [*self.moved, *nodes], kept, inside)
+            code.relieving = relieving if isinstance(relieving, NativeCode) else None
 
     def _relieve(self, code: StageCode, found: list[Pass], nodes: list[fx.Node], returned: list[fx.Node]) -> None:
         """Leave to the levels backward what they alone take: so it need not go through memory for all rows."""
@@ -301,14 +303,14 @@ class Cut:
 
     def _native(
         self, stage: Stage, nodes: list[fx.Node], kept: list[fx.Node], inside: dict[fx.Node, fx.Node]
-    ) -> NativeCode | None:
-        """Return a stage as C++, if it can be."""
+    ) -> NativeCode | str:
+        """Return a stage as C++, or why it cannot be."""
         stages = {**self.stage, **dict.fromkeys(nodes, stage)}
         writer = NativeWriter(self.joint, stages, stage, self.children, kept, inside, self.crossings)
         try:
             return writer.code(nodes, self.owed if stage is Stage.BACK else [])
-        except NoNativeForm:
-            return None
+        except NoNativeForm as missing:
+            return str(missing)
 
     def _make_rooms(self, stage: Stage, kept: list[fx.Node]) -> dict[fx.Node, fx.Node]:
         """Have what a level views kept for all levels, so that it is viewed once.

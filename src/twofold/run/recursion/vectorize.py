@@ -20,20 +20,18 @@ any subset of them, and its rows be joined along that dimension.
 from __future__ import annotations
 
 import functools
-import operator
 import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from twofold.convert.from_source import line_of
-from twofold.graph import Constant, Node, SubGraph, Value, evaluate, values_in
-
+from .bodies import run_body, without_writes
 from .decompositions import DECOMPOSITIONS
 from .rewrite import fuse_products, join_gates, merge_equal
 
@@ -150,62 +148,6 @@ class Joint:
         return node
 
 
-def run_body(body: SubGraph, values: Sequence[Any], targets: Mapping[Any, Any]) -> list[Any]:
-    """Run straight-line code on values of its inputs; `targets` are calls to be replaced.
-
-    What an operation raises carries the user's line as a note.
-    """
-    environment: dict[Value, Any] = dict(zip(body.inputs, values, strict=True))
-    grad = torch.is_grad_enabled()
-    for node in body.nodes:
-        try:
-            with torch.set_grad_enabled(grad and node.ambient.grad):
-                environment[node.results[0]] = _run_node(node, environment, targets)
-        except Exception as error:
-            if node.origin is not None:
-                error.add_note(f"in {node.origin.function}, {node.origin}: {line_of(node.origin).strip()}")
-            raise
-    return [evaluate(output, environment) for output in body.outputs]
-
-
-def _run_node(node: Node, environment: Mapping[Value, Any], targets: Mapping[Any, Any]) -> Any:
-    arguments = [evaluate(argument, environment) for argument in node.arguments]
-    if node.op == "get_attr":
-        return getattr(*arguments)
-    if node.op == "get_item":
-        return arguments[0][arguments[1]]
-    keywords = {name: evaluate(argument, environment) for name, argument in node.keywords}
-    target: Any = targets.get(node.target, node.target)
-    return target(*arguments, **keywords)
-
-
-def without_writes(body: SubGraph) -> SubGraph:
-    """Return a body in which `a += b` on a tensor that nothing else sees is `a + b`."""
-    uses = Counter(value for node in body.nodes for value in node.operands)
-    uses.update(value for output in body.outputs for value in values_in(output))
-    fresh: set[Value] = set()
-    nodes: list[Node] = []
-    for node in body.nodes:
-        plain = _OUT_OF_PLACE.get(node.target)
-        if plain is not None and node.arguments[0] in fresh and uses[node.arguments[0]] == 1:  # type: ignore[index]
-            node = replace(node, target=plain)
-        if node.target in _FRESH:
-            fresh.update(node.results)
-        nodes.append(node)
-    return replace(body, nodes=tuple(nodes))
-
-
-_OUT_OF_PLACE: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-_FRESH: frozenset[Any] = frozenset(
-    {*_OUT_OF_PLACE.values(), torch.zeros, torch.ones, torch.zeros_like, torch.ones_like}
-)
-
-
 def construct(data: Any, dtype: torch.dtype | None = None, device: Any = None, requires_grad: bool = False) -> Tensor:
     """Do what `torch.tensor` does where the numbers in `data` are tensors without dimensions."""
 
@@ -220,27 +162,6 @@ def construct(data: Any, dtype: torch.dtype | None = None, device: Any = None, r
     if requires_grad:
         raise NotBatchableError("torch.tensor(requires_grad=True) makes a leaf")
     return held.to(device=device, dtype=dtype)
-
-
-def tensors_of(body: SubGraph) -> list[Tensor]:
-    """Return the tensors from outside that a body computes with, those of modules included."""
-    arguments = [argument for node in body.nodes for argument in (*node.arguments, *(a for _, a in node.keywords))]
-    found: dict[int, Tensor] = {}
-    for constant in (c for argument in (*arguments, *body.outputs) for c in _constants(argument)):
-        held = constant.object
-        tensors = held.parameters() if isinstance(held, torch.nn.Module) else [held]
-        found.update((id(tensor), tensor) for tensor in tensors if isinstance(tensor, Tensor))
-    return list(found.values())
-
-
-def _constants(argument: Any) -> list[Constant]:
-    if isinstance(argument, Constant):
-        return [argument]
-    if isinstance(argument, tuple | list):
-        return [constant for item in argument for constant in _constants(item)]
-    if isinstance(argument, dict):
-        return [constant for item in argument.values() for constant in _constants(item)]
-    return []
 
 
 def trace_joint(
@@ -301,7 +222,9 @@ def _trace(
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of operations that vmap runs one by one
             examples = mapped(inputs)
-        module = make_fx(joint)(inputs, [torch.zeros_like(example) for example in examples])
+        # Without one for all, a mode of fake tensors is made for each node: half of the time that tracing takes.
+        with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+            module = make_fx(joint)(inputs, [torch.zeros_like(example) for example in examples])
     except NotBatchableError:
         raise
     except Exception as error:

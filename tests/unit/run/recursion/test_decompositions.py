@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from twofold.run.recursion.decompositions import binary_cross_entropy_with_logits, decomposed_apply
+from twofold.run.recursion.decompositions import binary_cross_entropy_with_logits, cross_entropy, decomposed_apply
 
 CASES: list[tuple[str, nn.Module, Any]] = [
     ("bilinear", nn.Bilinear(3, 4, 2), lambda: (torch.randn(5, 3), torch.randn(5, 4))),
@@ -52,3 +52,20 @@ def test_binary_cross_entropy(reduction: str) -> None:
         loss = function(scores, target, reduction=reduction)
         outcomes.append((loss, *torch.autograd.grad(loss.sum(), scores)))
     torch.testing.assert_close(outcomes[0], outcomes[1])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("keywords", [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"ignore_index": 1}])
+def test_cross_entropy(rows: int, keywords: dict[str, Any]) -> None:
+    scores = torch.linspace(-40.0, 40.0, rows * 4, dtype=torch.float64).view(rows, 4).requires_grad_()
+    target = torch.arange(rows) + 1
+    outcomes = []
+    for function in (nn.functional.cross_entropy, cross_entropy):
+        loss = function(scores, target, **keywords)
+        outcomes.append((loss, *torch.autograd.grad(loss, scores)))
+    torch.testing.assert_close(outcomes[0], outcomes[1], equal_nan=True)
+
+
+def test_cross_entropy_of_an_ignored_label_is_not_batched() -> None:
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        cross_entropy(torch.zeros(1, 4), torch.tensor([-100]))

@@ -1,5 +1,6 @@
 """Native code of recursion: functions of elements, whole programs against plain Python, and where it is not used."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.trees.data import binary_syntax_trees
 from twofold.backends import cpu_code
 from twofold.run.recursion import batch, native_run, native_text, parts
 
-pytestmark = pytest.mark.skipif(not cpu_code.is_available(), reason="no C++ compiler, or no BLAS to call")
+pytestmark = pytest.mark.skipif(cpu_code.lacks() is not None, reason=str(cpu_code.lacks()))
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def elementwise(name: str, x: Tensor, at_once: None) -> Tensor:
         f"{{ for (int64_t i = 0; i < n; i++) y[i] = {name}(x[i]); }}\n"
     )
     function, y = cpu_code.ordered(text), torch.empty_like(x)
-    assert function is not None
+    assert not isinstance(function, str)
     function(x.data_ptr(), len(x), 0, 0, y.data_ptr(), None, None)
     return y
 
@@ -112,23 +113,97 @@ def test_a_planted_fault_is_seen(monkeypatch: pytest.MonkeyPatch, at_once: None)
 
 def test_more_threads_leave_many_rows_to_pytorch(monkeypatch: pytest.MonkeyPatch, at_once: None) -> None:
     code = parts.NativeCode("", [], widest=1000)
-    monkeypatch.setattr(cpu_code, "ordered", lambda text: "function")
+    monkeypatch.setattr(cpu_code, "ordered", lambda text: print)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert native_run.native_function(code, 10, torch.device("cpu")) == "function"
-    assert native_run.native_function(code, 100, torch.device("cpu")) is None
+    cpu = torch.device("cpu")
+    assert native_run.native_function(code, 10, cpu) is print
+    assert "threads" in native_run.native_function(code, 100, cpu)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert native_run.native_function(code, 100, torch.device("cpu")) == "function"
+    assert native_run.native_function(code, 100, cpu) is print
+    assert native_run.native_function(code, 100, torch.device("cuda")) == "the values are on cuda"
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-    assert native_run.native_function(code, 10, torch.device("cpu")) is None
+    assert "fewer bits" in native_run.native_function(code, 10, cpu)
+
+
+def ways(function: Any, way: str) -> dict[str, int]:
+    """Return what the levels of all blocks of a function ran as, and in how many batches, by its report."""
+    found: Counter[str] = Counter()
+    for block in twofold.report(function).to_dict()["recursions"][0]["blocks"]:
+        found.update(block[f"levels_{way}"])
+    return dict(found)
+
+
+def decorated(into: list[Any]) -> Callable[[Any], Any]:
+    def decorate(function: Any) -> Any:
+        into.append(twofold.subgraph(function))
+        return into[-1]
+
+    return decorate
 
 
 def test_a_compiler_that_fails_costs_only_its_code(monkeypatch: pytest.MonkeyPatch, at_once: None) -> None:
     monkeypatch.setattr(cpu_code, "_functions", {})
     monkeypatch.setattr(cpu_code, "cpp_compiler", lambda: "false")
-    levels = counted(monkeypatch, native_run.Native, "run")
-    found = lstm_gradients(twofold.subgraph, summed)
+    levels, functions = counted(monkeypatch, native_run.Native, "run"), list[Any]()
+    found = lstm_gradients(decorated(functions), summed, rounds=3)
     assert not levels
-    torch.testing.assert_close(found, lstm_gradients(plain, summed), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, lstm_gradients(plain, summed, rounds=3), rtol=1e-4, atol=1e-5)
+    assert ways(functions[0], "forward") == {"the C++ compiler failed with status 1": 2}
+    assert ways(functions[0], "backward") == {"the C++ compiler failed with status 1": 2}
+
+
+def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch, at_once: None) -> None:
+    monkeypatch.setattr(cpu_code, "_functions", {})
+    monkeypatch.setattr(cpu_code, "has_cpp_compiler", lambda: False)
+    cpu_code.lacks.cache_clear()
+    try:
+        functions: list[Any] = []
+        lstm_gradients(decorated(functions), summed)
+        assert [*ways(functions[0], "forward")] == [cpu_code.lacks()]
+        assert "there is no C++ compiler" in str(twofold.report(functions[0]))
+    finally:
+        monkeypatch.undo()
+        cpu_code.lacks.cache_clear()
+
+
+def test_the_report_says_what_levels_ran_as(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_code, "_functions", {})
+    monkeypatch.setattr(cpu_code, "start", lambda order: None)
+    functions: list[Any] = []
+    lstm_gradients(decorated(functions), summed, rounds=3)
+    assert ways(functions[0], "forward") == {f"no {parts.PATIENCE} batches had run": 2}  # the first ran one by one
+
+    monkeypatch.setattr(parts, "PATIENCE", 0)
+    lstm_gradients(decorated(functions), summed)
+    assert ways(functions[1], "backward") == {"it is being compiled": 1}
+
+    monkeypatch.setattr(cpu_code, "_functions", {})
+    monkeypatch.setattr(cpu_code, "start", lambda order: order.compile())
+    lstm_gradients(decorated(functions), summed, rounds=3)
+    assert ways(functions[2], "forward") == {parts.NATIVE: 2}
+    assert "levels backward, 2 batches: native code" in str(twofold.report(functions[2]))
+    assert "1 batch: ATen calls, since it is being compiled" in str(twofold.report(functions[1]))
+
+
+@pytest.mark.parametrize(
+    ("operation", "dtype", "reason"),
+    [
+        (torch.sin, torch.float32, "aten.sin.default has no native form"),
+        (torch.tanh, torch.float64, "native code has no values of torch.float64 on cpu"),
+    ],
+)
+def test_the_report_says_what_has_no_native_form(operation: Any, dtype: Any, reason: str, at_once: None) -> None:
+    weight = torch.full((3,), 0.5, dtype=dtype, requires_grad=True)
+
+    @twofold.subgraph(strict=True)
+    def fold(depth: int) -> Tensor:
+        if depth == 0:
+            return weight * 2.0
+        return operation(fold(depth - 1) * weight)
+
+    for _ in range(2):
+        fold(3).sum().backward()
+    assert any(reason in how for how in ways(fold, "forward")), ways(fold, "forward")
 
 
 def sums_given(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
