@@ -32,6 +32,7 @@ FUSED_PROGRAMS = {
     "lstm_loop": AFTER_ADAM,
     "logging_net": LOGGED,
     "lr_schedule": FUSED,
+    "bert": AFTER_ADAM,
 }
 FUSED_STEPS = 8
 LONGEST_PIECE = 200

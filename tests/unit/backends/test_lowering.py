@@ -9,8 +9,9 @@ import torch
 
 from tests.unit.capture.recording import Linear, merge, recorded_path
 from twofold.backends import inductor, pieces
+from twofold.backends.compilation import compiler
 from twofold.backends.executable import lower_to_function, lower_to_fx
-from twofold.backends.inductor import piece_key, piece_texts, rewrite_for_inductor
+from twofold.backends.inductor import InductorExecutable, piece_key, piece_texts, rewrite_for_inductor
 from twofold.backends.pieces import is_left_alone, split_pieces
 from twofold.backends.replay import ReplayExecutable
 from twofold.capture.trace_graph import TraceGraph
@@ -237,6 +238,28 @@ def test_kernels_of_optimizers_stay_out_of_the_compiled_pieces():
     assert key == piece_key(text)
     assert show(parse(text)) == text
     assert "#" not in text
+
+
+@pytest.mark.slow
+def test_dropout_behind_a_norm_is_drawn_before_it_is_read():
+    x, norm = torch.randn(2, 8, 32), torch.nn.LayerNorm(32)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            normal = norm(x)
+            mask = torch.empty_like(normal).bernoulli_(0.9).div_(0.9)
+            return mask, normal * mask
+
+    program = program_of(step, exact=False)
+    for key, text in piece_texts(program).items():
+        compiler().order(key, text, background=False).result()
+    environment = {value: tensor.detach() for value, tensor in program.statics.items()}
+    torch.manual_seed(1)
+    with torch.no_grad():
+        InductorExecutable(program, compiler().artifact).launch(0, environment)
+    torch.manual_seed(1)
+    escaped = [environment[value] for value in program.escapes.values()]
+    torch.testing.assert_close(escaped, list(step()))
 
 
 def test_a_program_built_again_has_the_same_keys():
