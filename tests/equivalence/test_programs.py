@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.programs import JANUS_NAMES, NAMES, PROGRAMS, Program
 from tests.differential import FUSED, assert_same, function, program
-from twofold.backends import inductor
+from twofold.backends import pieces
+from twofold.convert import repeats
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EXACT_BACKEND = {"cpu": "replay", "cuda": "cuda_graph"}
@@ -31,10 +32,13 @@ FUSED_PROGRAMS = {
     "lstm_loop": AFTER_ADAM,
     "logging_net": LOGGED,
     "lr_schedule": FUSED,
+    "bert": AFTER_ADAM,
 }
 FUSED_STEPS = 8
 LONGEST_PIECE = 200
 """So that the loop, as small as it is here, is compiled in two pieces, as it is at full size."""
+SHARED_BODIES = {"lstm_loop": AFTER_ADAM, "varying_loop": AFTER_ADAM, "logging_net": LOGGED}
+SAVED_BY_SMALL_LOOPS = 20
 MANY_STEPS = 50
 # Each batch of trees is a path of its own, and to record one takes many times as long as to run it.
 FEW_STEPS = {"tree_rnn": 4, "tree_lstm": 4}
@@ -137,8 +141,18 @@ def test_speculation_is_exact_over_many_steps(name: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", FUSED_PROGRAMS)
 def test_fused_kernels_stay_within_tolerance(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor, "MAX_PIECE_NODES", LONGEST_PIECE)
+    monkeypatch.setattr(pieces, "MAX_PIECE_NODES", LONGEST_PIECE)
     configuration = function(numerics="fused", backend="inductor", background=False)
     report = assert_same(factory(name, device), FUSED_STEPS, configuration, tolerance=FUSED_PROGRAMS[name])
     assert_ran_as_graphs(report)
     assert report["backend"] == {"cpu": "inductor", "cuda": "inductor+cuda_graph"}[device], report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED_BODIES)
+def test_bodies_that_share_kernels_stay_within_tolerance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeats, "FEWEST_SAVED", SAVED_BY_SMALL_LOOPS)
+    configuration = function(numerics="fused", backend="inductor", background=False)
+    report = assert_same(factory(name, "cpu"), FUSED_STEPS, configuration, tolerance=SHARED_BODIES[name])
+    assert_ran_as_graphs(report)
+    assert report["backend"] == "inductor", report

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 
-from twofold.graph import Graph, Node, Value, map_values
+from twofold.graph import Graph, Node, Value, map_values, values_in
 
 Environment = dict[Value, Any]
 """The tensors (and settings) of one unit by value: given ones at first, computed ones as segments run."""
@@ -39,6 +41,78 @@ def lower_to_fx(graph: Graph) -> torch.fx.GraphModule:
         _lower_node(lowered, node, environment)
     lowered.output([environment[value] for value in graph.outputs if isinstance(value, Value)])
     return torch.fx.GraphModule(torch.nn.Module(), lowered)
+
+
+def lower_to_function(graph: Graph) -> Callable[..., list[Any]]:
+    """Write a straight-line body as a Python function that calls its operations, from inputs to the list of outputs.
+
+    It does what the module of `lower_to_fx` does, and is made in a third of the time, for which the program waits.
+    """
+    return _FunctionWriter().function(graph)
+
+
+class _FunctionWriter:
+    def __init__(self) -> None:
+        self._names: dict[Value, str] = {}
+        self._objects: dict[str, Any] = {}
+        self._targets: dict[Any, str] = {}
+
+    def function(self, graph: Graph) -> Callable[..., list[Any]]:
+        last_use: dict[Value, int] = {}
+        for index, node in enumerate(graph.nodes):
+            last_use.update(dict.fromkeys((*node.results, *node.operands), index))
+        last_use.update((value, -1) for output in graph.outputs for value in values_in(output))
+        spent: dict[int, list[Value]] = defaultdict(list)
+        for value, index in last_use.items():
+            spent[index].append(value)
+        lines = [f"def run({', '.join(map(self._name, graph.inputs))}):"]
+        for index, node in enumerate(graph.nodes):
+            lines += self._call(node)
+            if spent[index]:
+                lines.append(f" del {', '.join(map(self._name, spent[index]))}")
+        lines.append(f" return {self._text([value for value in graph.outputs if isinstance(value, Value)])}")
+        exec(compile("\n".join(lines), "<graph>", "exec"), self._objects)
+        return self._objects["run"]
+
+    def _call(self, node: Node) -> Iterator[str]:
+        arguments = [*map(self._text, node.arguments)]
+        arguments += [f"{name}={self._text(argument)}" for name, argument in node.keywords]
+        call = f"{self._target(node.target)}({', '.join(arguments)})"
+        if not node.results:
+            yield f" {call}"
+            return
+        paths = _result_paths(node)
+        if paths == [()]:
+            yield f" {self._name(node.results[0])} = {call}"
+            return
+        yield f" made = {call}"
+        for value, path in zip(node.results, paths, strict=True):
+            yield f" {self._name(value)} = made{''.join(f'[{step}]' for step in path)}"
+        yield " del made"
+
+    def _target(self, target: Any) -> str:
+        if target not in self._targets:
+            name = self._targets[target] = f"f{len(self._targets)}"
+            # An overload is a Python object that calls this one.
+            self._objects[name] = target._op if isinstance(target, torch._ops.OpOverload) else target
+        return self._targets[target]
+
+    def _name(self, value: Value) -> str:
+        return self._names.setdefault(value, f"v{len(self._names)}")
+
+    def _text(self, argument: Any) -> str:
+        kind = type(argument)
+        if kind is Value:
+            return self._name(argument)
+        if kind is list:
+            return f"[{', '.join(map(self._text, argument))}]"
+        if kind is tuple:
+            return f"({''.join(f'{self._text(item)}, ' for item in argument)})"
+        if kind in (int, bool, type(None)):
+            return repr(argument)
+        name = f"c{len(self._objects)}"
+        self._objects[name] = argument
+        return name
 
 
 def _lower_node(lowered: torch.fx.Graph, node: Node, environment: dict[Value, Any]) -> None:

@@ -14,22 +14,19 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from twofold.convert.from_traces import Program
-from twofold.convert.segments import carve
+from twofold.convert.repeats import Piece
 from twofold.graph import Graph, Node, Value, map_values, parse, show
 
-from .executable import Environment, lower_to_fx
+from .executable import Environment, lower_to_function, lower_to_fx
 from .host import keep_freed_memory, on_one_thread, threads_for
+from .pieces import spent_values, split_pieces
 
 aten: Any = torch.ops.aten
-
-MAX_PIECE_NODES = 1500
-"""Beyond this a piece is cut: Inductor's scheduling grows faster than linearly (35-step LSTM loop as one graph of
-2,500 nodes: more than 5 minutes; in two halves: about 13 s each)."""
 
 SMALLEST_CHUNK = 8192
 """Elements that a thread of a compiled CPU kernel is given at least: some 4 µs of work. Inductor's own 512 are done
@@ -37,8 +34,6 @@ sooner than a second thread is there: the MLP of the benchmarks on two threads t
 
 VECTORS = frozenset({"AVX2", "AVX512"})
 """What PyTorch calls the instructions for which its own kernels were built and are in use."""
-
-_LEFT_ALONE = ("_fused_", "_amp_", "_foreach_")
 
 
 class CompileFailed(Exception):
@@ -66,40 +61,6 @@ def _is_for_memory(error: BaseException | None) -> bool:
         or "Killed signal terminated program" in str(error)  # g++ of its cc1plus
         or _is_for_memory(error.__cause__)
     )
-
-
-def is_left_alone(node: Node) -> bool:
-    """Whether a call stays one of eager's kernels."""
-    return getattr(node.target, "__name__", str(node.target)).removeprefix("aten.").startswith(_LEFT_ALONE)
-
-
-def split_pieces(program: Program) -> list[list[Graph]]:
-    """Return, for each segment, the bodies that are compiled or replayed one after the other."""
-    finals = {value for segment in program.segments for value in segment.outputs}
-    runs: list[list[Node]] = []
-    owners: list[int] = []
-    for index, segment in enumerate(program.segments):
-        for run in _runs(segment.graph.nodes):
-            runs.append(run)
-            owners.append(index)
-    nothing: list[set[Value]] = [set() for _ in runs]
-    views = {v: n for v, n in program.views.items() if v not in finals}
-    bodies = carve(runs, nothing, views, finals, "piece")
-    return [[b for b, owner in zip(bodies, owners, strict=True) if owner == i] for i in range(len(program.segments))]
-
-
-def _runs(nodes: Sequence[Node]) -> list[list[Node]]:
-    runs: list[list[Node]] = []
-    size = 0
-    kind: bool | None = None
-    for node in nodes:
-        alone = is_left_alone(node)
-        if alone is not kind or size >= MAX_PIECE_NODES:
-            runs.append([])
-            kind, size = alone, 0
-        runs[-1].append(node)
-        size += 1
-    return runs
 
 
 def rewrite_for_inductor(graph: Graph) -> Graph:
@@ -226,13 +187,9 @@ def piece_key(text: str) -> str:
 
 def piece_texts(program: Program) -> dict[str, str]:
     """Return the texts of the pieces to compile by key. Raises `CompileFailed` if one has no text form."""
-    texts: dict[str, str] = {}
-    for pieces in split_pieces(program):
-        for piece in pieces:
-            if not is_left_alone(piece.nodes[0]):
-                text = _text(piece)
-                texts[piece_key(text)] = text
-    return texts
+    graphs = {piece.graph: None for pieces in split_pieces(program) for piece in pieces if piece.is_compiled}
+    texts = map(_text, graphs)
+    return {piece_key(text): text for text in texts}
 
 
 def _text(piece: Graph) -> str:
@@ -283,18 +240,32 @@ class InductorExecutable:
         """`artifact` returns the compiled callable of a piece by key."""
         if not program.on_accelerator:
             keep_freed_memory()
-        self._segments: list[list[tuple[Sequence[Value], Sequence[Value], Callable[..., Any]]]] = []
-        for pieces in split_pieces(program):
-            made: list[tuple[Sequence[Value], Sequence[Value], Callable[..., Any]]] = []
+        made: dict[Graph, Callable[..., Any]] = {}
+        self._segments: list[list[_Call]] = []
+        segments = split_pieces(program)
+        spent = iter(spent_values(segments, {value for segment in program.segments for value in segment.outputs}))
+        for pieces in segments:
             for piece in pieces:
-                run = lower_to_fx(piece).forward if is_left_alone(piece.nodes[0]) else artifact(piece_key(_text(piece)))
-                if threads_for(piece) == 1 < torch.get_num_threads():
-                    run = on_one_thread(run)
-                outputs = [value for value in piece.outputs if isinstance(value, Value)]
-                made.append((piece.inputs, outputs, run))
-            self._segments.append(made)
+                if piece.graph not in made:
+                    made[piece.graph] = _callable_of(piece, artifact)
+            self._segments.append([_Call(p.inputs, p.outputs, made[p.graph], next(spent)) for p in pieces])
 
     def launch(self, index: int, environment: Environment) -> None:
         """Run segment `index`; see `Executable`."""
-        for inputs, outputs, run in self._segments[index]:
+        for inputs, outputs, run, spent in self._segments[index]:
             environment.update(zip(outputs, run(*[environment[value] for value in inputs]), strict=True))
+            for value in spent:
+                del environment[value]
+
+
+class _Call(NamedTuple):
+    inputs: Sequence[Value]
+    outputs: Sequence[Value]
+    run: Callable[..., Any]
+    spent: Sequence[Value]
+    """What is read by no later piece and by nobody else."""
+
+
+def _callable_of(piece: Piece, artifact: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]:
+    run = artifact(piece_key(_text(piece.graph))) if piece.is_compiled else lower_to_function(piece.graph)
+    return on_one_thread(run) if threads_for(piece.graph) == 1 < torch.get_num_threads() else run

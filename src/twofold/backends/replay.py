@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from twofold.convert.from_traces import Program
 
-from .executable import Environment, lower_to_fx
+from .executable import Environment, lower_to_function
 from .host import keep_freed_memory
 
 
@@ -19,7 +19,7 @@ class ReplayExecutable:
         if not program.on_accelerator:
             keep_freed_memory()
         self._segments = [
-            (segment.inputs, segment.outputs, lower_to_fx(segment.graph).forward) for segment in program.segments
+            (segment.inputs, segment.outputs, lower_to_function(segment.graph)) for segment in program.segments
         ]
 
     def launch(self, index: int, environment: Environment) -> None:

@@ -6,6 +6,7 @@ never gets two inputs that alias each other unless the unit itself did.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,13 @@ class Segment:
 
 def is_view(node: Node) -> bool:
     """Whether an operation only looks at its first operand in another way, by its schema."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call" or schema is None or schema.is_mutable or not schema.returns:
+    return node.op == "call" and isinstance(node.target, torch._ops.OpOverload) and _returns_views(node.target)
+
+
+@functools.cache
+def _returns_views(target: torch._ops.OpOverload) -> bool:
+    schema = target._schema
+    if schema.is_mutable or not schema.returns:
         return False
     return all(result.alias_info is not None for result in schema.returns)
 

@@ -99,10 +99,15 @@ def call_has_effect(target: Any, arguments: Sequence[Any], keywords: Mapping[str
 def target_has_effect(target: Callable[..., Any]) -> bool:
     """Say whether a callable has an effect whatever it is given; unknown callables have one."""
     if isinstance(target, _OVERLOAD):
-        return target._schema.is_mutable or _is_random(target) or _hides_effect(target._schema.name)
+        return _overload_has_effect(target)
     # Unknown callables never reach the cache, which would keep alive what they hold.
     name = known_name(target)
     return name is None or _known_has_effect(target, name)
+
+
+@cache
+def _overload_has_effect(target: torch._ops.OpOverload) -> bool:
+    return target._schema.is_mutable or _is_random(target) or _hides_effect(target._schema.name)
 
 
 @cache

@@ -252,6 +252,7 @@ class Node:
     subgraphs: tuple[SubGraph, ...] = ()
     origin: Origin | None = None
     ambient: Ambient = Ambient()
+    _operands: tuple[Value, ...] | None = field(default=None, init=False, repr=False)
 
     @property
     def operands(self) -> tuple[Value, ...]:
@@ -259,8 +260,12 @@ class Node:
 
         Outer references of nested bodies are not among them: see `outer_references`.
         """
-        positional = [value for argument in self.arguments for value in values_in(argument)]
-        return (*positional, *(value for _, argument in self.keywords for value in values_in(argument)))
+        known = self._operands
+        if known is None:  # asked for some 20 times while the graph of a path is built, a tenth of its time
+            positional = [value for argument in self.arguments for value in values_in(argument)]
+            known = (*positional, *(value for _, argument in self.keywords for value in values_in(argument)))
+            object.__setattr__(self, "_operands", known)
+        return known
 
 
 @dataclass(frozen=True, eq=False)

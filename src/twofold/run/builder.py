@@ -62,6 +62,8 @@ class PathState:
     """How many units ran on each tier."""
     rebuilds: int = 0
     has_ordered: bool = False
+    keys: frozenset[str] | None = None
+    """The pieces that it needs compiled, where that was asked before they were ordered."""
     orders: list[Future[Any]] = field(default_factory=list[Future[Any]])
     may_lend: bool = True
     """Whether the program has not been seen to keep the gradients of the path."""
@@ -100,6 +102,7 @@ class Builder:
         state.tiers.clear()
         state.units.clear()
         state.has_ordered = False
+        state.keys = None
         if state.rebuilds > MAX_REBUILDS:
             self._block(path, "argument_changes", "the graph of this path had to be built again and again")
             return
@@ -149,7 +152,8 @@ class Builder:
 
     def _has_to_order(self, path: Path, state: PathState, contest: Contest) -> bool:
         is_wanted = not state.has_ordered and self._wants_kernels() and INDUCTOR.isdisjoint(contest.rejected)
-        return is_wanted and (path.program.on_accelerator or has_core_to_spare() or self._is_hot(path))
+        is_free = path.program.on_accelerator or has_core_to_spare()
+        return is_wanted and (is_free or self._is_hot(path) or self._is_compiled_already(path, state))
 
     def _is_hot(self, path: Path) -> bool:
         """Whether the units of a path have taken long enough for its kernels to be worth the processor's time."""
@@ -157,6 +161,18 @@ class Builder:
         if not compiled:
             return not self._ordered
         return path.seconds >= HOT * sum(compiled) / len(compiled)
+
+    def _is_compiled_already(self, path: Path, state: PathState) -> bool:
+        """Whether other paths have had all compiled that a path needs: the bodies of a loop that it takes as well."""
+        if not self._ordered or self._is_too_large(path):
+            return False
+        if state.keys is None:
+            with self.pace.taking():
+                try:
+                    state.keys = frozenset(piece_texts(path.program))
+                except CompileFailed:
+                    state.keys = frozenset()
+        return bool(state.keys) and state.keys <= self._ordered
 
     def _is_owed(self, path: Path, state: PathState, contest: Contest) -> bool:
         can_order = not state.has_ordered and self._wants_kernels() and INDUCTOR.isdisjoint(contest.rejected)
@@ -374,7 +390,7 @@ class Builder:
                 self._compiler_missing_said = True
                 self.account.fallback("no_compiler", "no C++ compiler was found, so nothing can be compiled")
             return
-        if sum(len(segment.graph.nodes) for segment in path.program.segments) > MAX_COMPILED_NODES:
+        if self._is_too_large(path):
             self.account.fallback("too_large", f"more than {MAX_COMPILED_NODES} operations in one unit")
             return
         try:
@@ -389,6 +405,9 @@ class Builder:
         contest = self._contest(path)
         if background and contest.rejected and not contest.accepted and not has_core_to_spare() and state.tiers:
             contest.beside = Trial(next(iter(state.tiers)), EAGER)
+
+    def _is_too_large(self, path: Path) -> bool:
+        return sum(len(segment.graph.nodes) for segment in path.program.segments) > MAX_COMPILED_NODES
 
     def _say_compile_failed(self, failure: BaseException, state: PathState) -> None:
         code = failure.code if isinstance(failure, CompileFailed) else "compile_failed"

@@ -153,7 +153,7 @@ class Orders:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.future: Future[Any] = Future()
         monkeypatch.setattr(builder_module, "has_cpp_compiler", lambda: True)
-        monkeypatch.setattr(builder_module, "piece_texts", lambda _program: {"key": "text"})
+        monkeypatch.setattr(builder_module, "piece_texts", lambda program: {str(id(program)): "text"})
         monkeypatch.setattr(builder_module, "compiler", lambda: self)
         monkeypatch.setattr(builder_module, "InductorExecutable", _AsInductor)
 
@@ -338,6 +338,13 @@ def test_else_all_but_the_first_path_have_to_take_long(
     monkeypatch.setattr(builder_module, "has_core_to_spare", lambda: False)
     orders.future.set_result(None)
     assert ordered_paths(make_builder(numerics="fused"), [0.0, seconds]) == [True, is_ordered]
+
+
+def test_a_path_whose_pieces_others_had_compiled_need_not_take_long(orders: Orders, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(builder_module, "has_core_to_spare", lambda: False)
+    monkeypatch.setattr(builder_module, "piece_texts", lambda _program: {"key": "text"})
+    orders.future.set_result(None)
+    assert ordered_paths(make_builder(numerics="fused"), [0.0, 0.0]) == [True, True]
 
 
 def ordered_paths(builder: Builder, seconds: list[float]) -> list[bool]:
