@@ -34,7 +34,8 @@ SETTLE_ROUNDS = 3
 SETTLE_SECONDS = 3.0
 SETTLE_MOST = 15.0
 """Twofold makes its graphs in a third of a program's time at most: those of one path come after a second or two, those
-of many paths later. It has settled when these seconds are over and a round ran in graphs, or in so many at most."""
+of many paths later. It has settled when these seconds are over and a round ran in graphs of which none was on trial, or
+in so many at most."""
 SETTLED_SHARE = 0.95
 """The units of such a round that did."""
 FEWEST_ROUNDS = 3
@@ -210,16 +211,18 @@ def _settle(contender: Contender, steps: int, until: float | None) -> bool:
         seconds += _time_round(contender, number % SETTLE_ROUNDS, steps) * steps / 1e3
         number += 1
         before, report = report, contender.report()
-        in_graphs = _share_in_graphs(before, report) >= SETTLED_SHARE
+        in_graphs = _have_run_in_graphs(before, report)
     return is_ready
 
 
-def _share_in_graphs(before: Result | None, after: Result | None) -> float:
-    """Return which share of the units between two reports ran as graphs."""
+def _have_run_in_graphs(before: Result | None, after: Result | None) -> bool:
+    """Whether the units between two reports ran as graphs, but for a few, and no graphs were on trial in them."""
     if before is None or after is None:
-        return 1.0
-    units = after["iterations"] - before["iterations"]
-    return (after["graph_iterations"] - before["graph_iterations"]) / max(1, units)
+        return True
+    units, in_graphs, compared = (
+        after[kind] - before[kind] for kind in ("iterations", "graph_iterations", "compared_iterations")
+    )
+    return not compared and in_graphs >= SETTLED_SHARE * units
 
 
 def _warm_up_process(name: str, options: argparse.Namespace, device: torch.device) -> None:

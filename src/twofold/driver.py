@@ -217,6 +217,7 @@ class Driver:
         seconds = time.perf_counter() - self._began
         account = self.account
         account.iterations += 1
+        account.compared_iterations += self._timing
         if path is not None:
             account.graph_iterations += 1
             account.graph_calls += len(path.nodes)

@@ -52,6 +52,7 @@ class Report:
             "graph_iterations": account.graph_iterations,
             "eager_iterations": account.eager_iterations,
             "traced_iterations": account.traced_iterations,
+            "compared_iterations": account.compared_iterations,
             "batched_iterations": account.batched_iterations,
             "speculated_iterations": account.speculated_iterations,
             "misses": account.misses,
@@ -171,7 +172,8 @@ class Report:
         return [
             f"engine {numbers['engine']}, backend {numbers['backend']}",
             f"{numbers['iterations']:,} iterations: {numbers['graph_iterations']:,} as graphs,"
-            f" {numbers['eager_iterations']:,} eager ({numbers['traced_iterations']:,} of these recorded)",
+            f" {numbers['eager_iterations']:,} eager ({numbers['traced_iterations']:,} of these recorded);"
+            f" {numbers['compared_iterations']:,} were timed to choose between them",
             *self._speculation(),
             *self._recursion(),
             f"{numbers['graph_op_fraction']:.1%} of tensor calls ran in graphs"

@@ -315,3 +315,19 @@ def test_an_eager_call_of_several_units_is_compared_as_so_many(monkeypatch: pyte
         if counted:
             break
     assert counted
+
+
+def test_units_that_compare_graphs_with_eager_execution_are_counted_until_that_is_decided() -> None:
+    model = torch.nn.Linear(4, 3)
+    step = twofold.function(model, numerics="exact", engine="coexecution", background=False)
+    compared: list[int] = []
+    for _ in range(400):
+        step(torch.ones(2, 4))
+        report = twofold.report(step).to_dict()
+        compared.append(report["compared_iterations"])
+        if any("replay: " in decision["text"] for decision in report["decisions"]):
+            break
+    assert compared[1] == 0 < compared[-1] < len(compared)
+    for _ in range(20):
+        step(torch.ones(2, 4))
+    assert twofold.report(step).to_dict()["compared_iterations"] == compared[-1]

@@ -86,6 +86,8 @@ class Account:
         self.eager_iterations = 0
         self.traced_iterations = 0
         """Those of ``eager_iterations`` that were recorded."""
+        self.compared_iterations = 0
+        """Those of all ``iterations`` whose time was taken to compare graphs with others, or with eager execution."""
 
         self.graph_calls = 0
         """Tensor calls executed in graphs."""
