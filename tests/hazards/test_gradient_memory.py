@@ -135,8 +135,9 @@ def test_gradients_are_eagers_where_memory_is_used_again(name: str, engine: str)
 @pytest.mark.usefixtures("reusing")
 @pytest.mark.parametrize("engine", ["coexecution", "speculation"])
 def test_gradients_are_eagers_where_the_device_goes_ahead(engine: str, ahead: list[int]) -> None:
-    same(training(clears_late), STEPS, engine=engine)
-    assert ahead
+    report = same(training(clears_late), STEPS, engine=engine)
+    # A speculated call launches all that it has before it reads a number, where that can be undone.
+    assert ahead if engine == "coexecution" else report["speculated_iterations"]
 
 
 @pytest.mark.usefixtures("reusing", "ahead")

@@ -463,7 +463,7 @@ def test_a_capture_counts_as_no_write(monkeypatch: pytest.MonkeyPatch):
     class Captured(ReplayExecutable):
         backend = "cuda_graph"
 
-        def __init__(self, program: Any, inner: Any, given: Any, _warm_up: bool) -> None:
+        def __init__(self, program: Any, inner: Any, given: Any, *_how: bool) -> None:
             super().__init__(program)
             for index in range(len(program.segments)):
                 inner.launch(index, given)
