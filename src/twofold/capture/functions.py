@@ -114,6 +114,12 @@ def display_name(function: Any) -> str:
 PLAIN_TENSORS: Final[frozenset[type[torch.Tensor]]] = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 """The types, exact, of tensors whose behaviour is PyTorch's own."""
 
+
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor that PyTorch made, and shows memory: none that is sparse, nested or laid out by oneDNN."""
+    return type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided and not tensor.is_nested
+
+
 CONTENT_QUESTIONS: Final[frozenset[Any]] = frozenset(
     {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.equal.default}
 )

@@ -15,7 +15,7 @@ import torch
 
 from twofold.graph import TensorSpec, current_ambient
 
-from .functions import PLAIN_TENSORS
+from .functions import is_plain
 from .gradients import presence_holds
 from .number_feeds import fits
 from .trace import Event, External, Made, Slot, leaves
@@ -47,7 +47,7 @@ class Role:
         if self.is_number:
             return fits(tensor, spec.dtype)
         return (
-            type(tensor) in PLAIN_TENSORS
+            is_plain(tensor)
             and id(tensor) not in self.placeholders
             and tensor.dtype == spec.dtype
             and tensor.shape == spec.shape

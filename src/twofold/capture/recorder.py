@@ -24,12 +24,12 @@ from .functions import (
     HOOKS,
     MEMORY_READS,
     METADATA,
-    PLAIN_TENSORS,
     SETTERS,
     VALUE_READS,
     display_name,
     has_dynamic_shape,
     is_mutable,
+    is_plain,
     is_random,
     keeps_workspace,
 )
@@ -48,6 +48,8 @@ MAX_STEPS = 4
 """Optimizer steps in one unit, two for an adversarial pair: with more, its end would never be found."""
 
 _TENSOR = torch.Tensor
+
+UNUSUAL_TENSOR = "a tensor subclass, one that is sparse or no plain memory else, or one of a function transform is used"
 
 
 class Recorder:
@@ -119,8 +121,8 @@ class Recorder:
         if number is not None:
             arguments = (arguments[0], number)
         given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
-        if not all(map(_is_plain, given)):
-            self.refuse("unsupported_call", "a tensor subclass, or a tensor of a function transform, is used", origin)
+        if not all(map(_can_be_recorded, given)):
+            self.refuse("unsupported_call", UNUSUAL_TENSOR, origin)
             return function(*arguments, **keywords)
         known = len(self.trace.externals)
         if self._is_host_call(function, given, origin):
@@ -143,6 +145,9 @@ class Recorder:
             self._writer.gradients.drop(given[:1])
         operations = self._writer.take_operations()
         made: list[torch.Tensor] = leaves(result, _TENSOR)
+        if not all(map(_can_be_recorded, made)):
+            self.refuse("unsupported_call", UNUSUAL_TENSOR, origin)
+            return result
         if kind == "call" and self._is_fetch(function, given, made, result):
             if not given or not self._touches_unit(given):
                 self._writer.forget_externals(known)
@@ -420,8 +425,8 @@ class Recorder:
             self._writer.note_freed(seen)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return type(tensor) in PLAIN_TENSORS and not is_functorch_wrapped_tensor(tensor)
+def _can_be_recorded(tensor: torch.Tensor) -> bool:
+    return is_plain(tensor) and not is_functorch_wrapped_tensor(tensor)
 
 
 def parameters_of(owner: Any) -> list[torch.Tensor]:
