@@ -267,6 +267,7 @@ class TraceGraph:
                 self.clear()
                 return None
         self.host_sites |= trace.host_sites
+        written = trace.written_storages()
         node = root = self.root(signature)
         nodes: list[PathNode] = []
         for event in trace.events:
@@ -275,7 +276,7 @@ class TraceGraph:
                 if self._learn_numbers(node, len(nodes), trace) or self._learn_site(node, event, trace):
                     self.clear()
                     return None
-                child = self._grow(node, event, trace)
+                child = self._grow(node, event, trace, written)
             node = child
             node.sample = event.sample if event.sample is not None else node.sample
             nodes.append(node)
@@ -287,26 +288,26 @@ class TraceGraph:
             node.end.seen += 1
             node.end.trace = trace
         node.end.histories.update(trace.escapes)
-        self._written_storages.update((storage, None) for storage in trace.written_storages())
+        self._written_storages.update(dict.fromkeys(written))
         for passed in (root, *nodes):
             passed.latest = node.end
         return node.end
 
-    def _grow(self, parent: PathNode, event: Event, trace: Trace) -> PathNode:
+    def _grow(self, parent: PathNode, event: Event, trace: Trace, written: set[int]) -> PathNode:
         first = parent.first_external + len(parent.roles)
         fresh = sorted({e.index for e in leaves((event.arguments, event.keywords), External) if e.index >= first})
-        roles = [self._role(trace, index, _place(event, index)) for index in fresh]
+        roles = [self._role(trace, index, _place(event, index), written) for index in fresh]
         node = PathNode(event, parent, roles, first)
         parent.children.append(node)
         return node
 
-    def _role(self, trace: Trace, index: int, place: Place) -> Role:
+    def _role(self, trace: Trace, index: int, place: Place, written: set[int]) -> Role:
         tensor = trace.externals[index]
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         # Memory that PyTorch did not allocate may change unseen, so what it holds is copied when it is used.
         is_number = index in trace.fed_numbers
         is_borrowed = tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
-        is_fed = is_borrowed or (place in self._changing and self._may_change(tensor, trace))
+        is_fed = is_borrowed or (place in self._changing and self._may_change(tensor, written))
         return Role(
             None if is_number or (is_fed and not is_parameter) else tensor,
             TensorSpec.of(tensor),
@@ -318,10 +319,10 @@ class TraceGraph:
             self.placeholders,
         )
 
-    def _may_change(self, tensor: torch.Tensor, trace: Trace) -> bool:
+    def _may_change(self, tensor: torch.Tensor, written: set[int]) -> bool:
         """Whether a tensor can be a feed: nothing writes to it or differentiates it, and no path knows it as static."""
         storage = tensor.untyped_storage()._cdata
-        if tensor.requires_grad or storage in self._written_storages or storage in trace.written_storages():
+        if tensor.requires_grad or storage in self._written_storages or storage in written:
             return False
         return not any(role.tensor is tensor for path in self.paths for node in path.nodes for role in node.roles)
 
