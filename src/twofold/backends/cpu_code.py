@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import itertools
 import os
 import queue
 import shlex
@@ -72,7 +73,8 @@ class _Order:
 
     def _compiled(self) -> Callable[..., None] | str:
         folder = Path(_folder().name)
-        source = folder / f"{id(self)}.cpp"
+        # Never a name that was used before: the compiler would write over code that is loaded.
+        source = folder / f"{os.getpid()}-{next(_numbers)}.cpp"
         library = source.with_suffix(".so")
         source.write_text(self.text)
         command = [*shlex.split(cpp_compiler()), *FLAGS, str(source), "-o", str(library)]
@@ -93,6 +95,7 @@ def _serve() -> None:
 
 _functions: dict[str, _Order] = {}
 _orders: queue.SimpleQueue[_Order] = queue.SimpleQueue()
+_numbers = itertools.count()
 _threads: list[threading.Thread] = []
 
 
