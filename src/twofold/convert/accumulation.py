@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from twofold.graph import Graph, Node, Value, values_in
+from twofold.graph import Graph, Node, Value, count_reads
 
 from .segments import is_view, writes_of
 
@@ -22,8 +22,7 @@ aten: Any = torch.ops.aten
 
 def accumulate_in_place(graph: Graph) -> Graph:
     """Return a straight-line graph in which a sum takes the place of a term that nothing else reads."""
-    reads = Counter(value for node in graph.nodes for value in node.operands)
-    reads.update(value for output in graph.outputs for value in values_in(output))
+    reads = count_reads(graph)
     own: set[Value] = set()
     nodes: list[Node] = []
     for node in graph.nodes:

@@ -13,6 +13,7 @@ inside arguments (lists, dicts) are never changed once a node holds them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -294,6 +295,13 @@ def all_nodes(body: SubGraph) -> Iterator[Node]:
         yield node
         for nested in node.subgraphs:
             yield from all_nodes(nested)
+
+
+def count_reads(body: SubGraph) -> Counter[Value]:
+    """Return how often the nodes and outputs of a straight-line body read each value."""
+    reads = Counter(value for node in body.nodes for value in node.operands)
+    reads.update(value for output in body.outputs for value in values_in(output))
+    return reads
 
 
 def outer_references(*bodies: SubGraph) -> tuple[Value, ...]:

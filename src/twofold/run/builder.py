@@ -351,13 +351,12 @@ class Builder:
         return is_best and is_only and state.may_lend and sum(map(bytes_of, made)) >= LENT_BYTES
 
     def _capture(self, path: Path, state: PathState, inner: Executable) -> Executable | None:
-        lends = self._lends(path, state, inner)
-        executable = self._captured(path.program, inner, lends)
-        if executable is None and lends:
-            executable = self._captured(path.program, inner, False)
-        elif lends:
-            self._lender = path
-        return executable
+        if self._lends(path, state, inner):
+            executable = self._captured(path.program, inner, lends_outputs=True)
+            if executable is not None:
+                self._lender = path
+                return executable
+        return self._captured(path.program, inner, lends_outputs=False)
 
     def _captured(self, program: Program, inner: Executable, lends_outputs: bool) -> Executable | None:
         given = example_environment(program)

@@ -106,10 +106,9 @@ class FollowedUnit:
         """Run a call that needs values, with true tensors. Raises `CannotFollow`, before `function` has run."""
         self._copy_feeds(node)
         path = self.path_ahead(node)
-        run = self._run_on(path, "a value is needed on a path with no graph yet")
+        run = self._run_on(path, node, "a value is needed on a path with no graph yet")
         assert path is not None
         position = path.program.positions[node.depth]
-        run.walked = node.depth
         self._launch(path, lambda: run.launch_through(position))
         self._fetched.append(node)
         if node.streak >= TRUSTED_AFTER:
@@ -152,8 +151,7 @@ class FollowedUnit:
         path = self.path_ahead(node)
         assert path is not None
         is_last = node.end is path and _keeps_as_before(path, escaped(self.slots))
-        run = self._run_on(path, "an optimizer steps on a path with no graph yet")
-        run.walked = node.depth
+        run = self._run_on(path, node, "an optimizer steps on a path with no graph yet")
 
         def prepare() -> None:
             run.launch_through(path.program.positions[node.depth])
@@ -163,10 +161,18 @@ class FollowedUnit:
 
     # ---- launches ----------------------------------------------------------------------------------------
 
-    def _run_on(self, path: Path | None, lack: str) -> GraphRunner:
-        """Return what runs the segments of `path`. Raises `CannotFollow`, for `lack`, if it has no graph that fits."""
-        if self._run is not None and self._path is path:
-            return self._run
+    def _run_on(self, path: Path | None, node: PathNode, lack: str) -> GraphRunner:
+        """Return what runs the segments of `path`, of which Python has walked up to `node`.
+
+        Raises `CannotFollow`, for `lack`, if it has no graph that fits.
+        """
+        if self._run is None or self._path is not path:
+            self._begin_run(path, lack)
+        assert self._run is not None
+        self._run.walked = node.depth
+        return self._run
+
+    def _begin_run(self, path: Path | None, lack: str) -> None:
         if path is None:
             raise CannotFollow("new_path", lack)
         if self._run is not None:
@@ -177,7 +183,6 @@ class FollowedUnit:
             path.stale = True
             raise CannotFollow("new_path", lack)
         self._run, self._path = GraphRunner(installed, self._copied, self.feeds), path
-        return self._run
 
     def _launch(self, path: Path, launch: Callable[[], None]) -> None:
         """Launch segments. If one fails, the unit becomes an eager one, which raises what eager execution would."""
@@ -216,13 +221,12 @@ class FollowedUnit:
         Returns the path. Raises `CannotFollow`, before anything that `discard` cannot put back.
         """
         path = node.end
-        run = self._run_on(path, "the unit ended on a path with no graph yet")
+        run = self._run_on(path, node, "the unit ended on a path with no graph yet")
         assert path is not None
         alive = escaped(self.slots)
         if not _keeps_as_before(path, alive):
             path.stale = True
             raise CannotFollow("new_path", "a tensor of the unit is kept that was not kept before")
-        run.walked = node.depth
         self._launch(path, lambda: run.launch_through(path.program.unit_segments))
         with inference_mode(path.program.is_inference), unheard():
             with torch.no_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twofold.convert.from_source import line_of
-from twofold.graph import Constant, Node, SubGraph, Value, evaluate, values_in
+from twofold.graph import Constant, Node, SubGraph, Value, count_reads, evaluate
 
 
 def run_body(body: SubGraph, values: Sequence[Any], targets: Mapping[Any, Any]) -> list[Any]:
@@ -49,13 +48,12 @@ def _run_node(node: Node, environment: Mapping[Value, Any], targets: Mapping[Any
 
 def without_writes(body: SubGraph) -> SubGraph:
     """Return a body in which `a += b` on a tensor that nothing else sees is `a + b`."""
-    uses = Counter(value for node in body.nodes for value in node.operands)
-    uses.update(value for output in body.outputs for value in values_in(output))
+    reads = count_reads(body)
     fresh: set[Value] = set()
     nodes: list[Node] = []
     for node in body.nodes:
         plain = _OUT_OF_PLACE.get(node.target)
-        if plain is not None and node.arguments[0] in fresh and uses[node.arguments[0]] == 1:  # type: ignore[index]
+        if plain is not None and node.arguments[0] in fresh and reads[node.arguments[0]] == 1:  # type: ignore[index]
             node = replace(node, target=plain)
         if node.target in _FRESH:
             fresh.update(node.results)
