@@ -6,6 +6,7 @@ found by the memory it shows. Only weak references are kept, so that memory is f
 
 from __future__ import annotations
 
+import functools
 import operator
 import weakref
 from collections.abc import Iterable
@@ -50,6 +51,12 @@ def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
     )
 
 
+def _refuse(trace: Trace, code: str, reason: str, origin: Origin | None = None) -> None:
+    """Say why a unit cannot run as a graph; the first reason stays."""
+    if trace.refusal is None:
+        trace.refusal = Refusal(code, reason, origin or user_origin())
+
+
 class TraceWriter:
     """One trace being written. Mutable; `close` hands out the trace and ends its life."""
 
@@ -62,13 +69,9 @@ class TraceWriter:
         self._operations: list[Operation] = []
         self._written: set[int] = set()
         self._borrowed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.refuse = functools.partial(_refuse, self.trace)  # no method: what has it must not hold this in a cycle
         self.gradients = EntryGradients(self.refuse, self.trace.frozen)
         self._freed: dict[Any, None] = {}
-
-    def refuse(self, code: str, reason: str, origin: Origin | None = None) -> None:
-        """Say why the unit cannot run as a graph; the first reason stays."""
-        if self.trace.refusal is None:
-            self.trace.refusal = Refusal(code, reason, origin or user_origin())
 
     # ---- which tensor is which ---------------------------------------------------------------------------
 
