@@ -42,6 +42,11 @@ SAVED_BY_SMALL_LOOPS = 20
 MANY_STEPS = 50
 # Each batch of trees is a path of its own, and to record one takes many times as long as to run it.
 FEW_STEPS = {"tree_rnn": 4, "tree_lstm": 4}
+# On a CPU, test_speculated_programs.py runs the others under the same options for as many steps.
+SPECULATED = [
+    *((name, "cpu") for name in FEW_STEPS),
+    *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in JANUS_NAMES),
+]
 
 
 def factory(name: str, device: str, **options: Any) -> Callable[[], Program]:
@@ -127,8 +132,7 @@ def test_reinforcement_learning_is_exact_in_other_environments(name: str, enviro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", JANUS_NAMES)
+@pytest.mark.parametrize(("name", "device"), SPECULATED)
 def test_speculation_is_exact_over_many_steps(name: str, device: str) -> None:
     configuration = function(engine="speculation", numerics="exact", backend=EXACT_BACKEND[device], background=False)
     steps = FEW_STEPS.get(name, MANY_STEPS)

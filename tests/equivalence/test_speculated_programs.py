@@ -2,12 +2,12 @@
 
 import pytest
 
-from benchmarks.programs import NAMES
+from benchmarks.programs import JANUS_NAMES, NAMES
 from tests.differential import assert_same, function
-from tests.equivalence.test_programs import factory
+from tests.equivalence.test_programs import MANY_STEPS, factory
 
 CALLS = 40
-MANY_CALLS = {"coin_flip": 100}
+MANY_CALLS = {"coin_flip": 100, **dict.fromkeys(JANUS_NAMES, MANY_STEPS)}
 SPECULATED = {
     "mlp": 35,
     "lenet": 35,
@@ -56,6 +56,7 @@ def test_every_program_is_in_the_table() -> None:
 def test_program_is_speculated_or_refused_as_the_table_says(name: str) -> None:
     configuration = function(engine="speculation", backend="replay", numerics="exact", background=False)
     report = assert_same(factory(name, "cpu"), MANY_CALLS.get(name, CALLS), configuration)
+    assert report["iterations"] >= MANY_CALLS.get(name, CALLS), report
     codes = {refusal["code"] for refusal in report["refusals"]} - {"no_graph"}
     if name in REFUSED:
         assert codes, report["refusals"]
