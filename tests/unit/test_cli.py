@@ -83,17 +83,60 @@ SCRIPTS = {
         logging.getLogger("mine").warning("kept")
         """,
 }
+COMMAND = ["script.py", "--epochs", "3", "--", "-x", "--report"]
+IN_A_PROCESS_OF_ITS_OWN = ["main_module", "chained_error"]
+FORKED = [name for name in SCRIPTS if name not in IN_A_PROCESS_OF_ITS_OWN]
+# What `python -m twofold run` does after importing PyTorch, which takes 2 s, in a child for each folder.
+FORK_EACH = """
+import gc, os, runpy, sys
+import twofold.cli
+gc.freeze()  # else each child walks through all of it at its end
+folders, arguments = sys.argv[1].split(os.pathsep), sys.argv[2:]
+for folder in folders:
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        for descriptor, name in enumerate(("stdout", "stderr"), 1):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
+        sys.argv = ["-m", *arguments]
+        break
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with open(os.path.join(folder, "status"), "w") as file:
+        file.write(str(status))
+else:
+    sys.exit()
+runpy._run_module_as_main("twofold")
+"""
+
+
+def written(name: str, folder: Path) -> Path:
+    (folder / "script.py").write_text("\n".join(SCRIPTS[name].split("\n        ")))
+    (folder / "sibling.py").write_text("value = 7\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of `FORKED`, in which their scripts have run."""
+    folders = {name: written(name, tmp_path_factory.mktemp(name)) for name in FORKED}
+    code = ["-c", FORK_EACH, os.pathsep.join(map(str, folders.values())), *TWOFOLD[2:], *COMMAND]
+    python(code, Path.cwd()).check_returncode()
+    return folders
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_script_behaves_as_under_plain_python(name: str, tmp_path: Path):
-    lines = SCRIPTS[name].split("\n        ")
-    (tmp_path / "script.py").write_text("\n".join(lines))
-    (tmp_path / "sibling.py").write_text("value = 7\n")
-    command = ["script.py", "--epochs", "3", "--", "-x", "--report"]
-    plain = python(command, tmp_path)
-    under = python([*TWOFOLD, *command], tmp_path)
+@pytest.mark.parametrize("name", FORKED)
+def test_script_behaves_as_under_plain_python(name: str, forked: dict[str, Path]):
+    plain = python(COMMAND, forked[name])
+    under = [(forked[name] / what).read_text() for what in ("stdout", "stderr", "status")]
+    assert under == [plain.stdout, plain.stderr, str(plain.returncode)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_A_PROCESS_OF_ITS_OWN)
+def test_process_behaves_as_under_plain_python(name: str, tmp_path: Path):
+    plain = python(COMMAND, written(name, tmp_path))
+    under = python([*TWOFOLD, *COMMAND], tmp_path)
     assert (under.stdout, under.stderr, under.returncode) == (plain.stdout, plain.stderr, plain.returncode)
 
 
