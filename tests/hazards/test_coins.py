@@ -16,6 +16,9 @@ from twofold.run.speculation import cache
 from twofold.run.speculation.cache import GraphCache
 
 STEPS = 60
+CALLS = 72
+"""To see what one step leaves to the next. That nothing compares gradients with those that a path began with, or that
+none are cleared, is seen in the 61st call at the latest; in 120, by no other steps of `FATES`."""
 ENGINES = ["coexecution", "speculation"]
 
 
@@ -413,9 +416,9 @@ MANY_PATHS = {"accumulated and read", "stepped before", "stepped outside"}
 @pytest.mark.parametrize("fate", FATES)
 def test_gradients_are_eagers(fate: str, engine: str, mode: Mode) -> None:
     between = freeze if fate == "frozen now and then" else None
-    report = same(coins(FATES[fate], between=between), STEPS * 2, mode, engine=engine)
+    report = same(coins(FATES[fate], between=between), CALLS, mode, engine=engine)
     if fate not in MANY_PATHS and not (between and mode == "program"):  # freezing is a part of the loop there
-        assert report["graph_iterations"] > STEPS // 4, summary(report)
+        assert report["graph_iterations"] > CALLS // 8, summary(report)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -428,4 +431,4 @@ def test_gradients_are_changed_outside(fate: str, engine: str) -> None:
             for index, parameter in enumerate(parts.model.parameters()):
                 parameter.grad = torch.full_like(parameter, 0.1) if (index + number) % 3 == 0 else None
 
-    same(coins(FATES[fate], between=between), STEPS * 2, engine=engine)
+    same(coins(FATES[fate], between=between), CALLS, engine=engine)
