@@ -4,6 +4,7 @@
 an accelerator: a difference from eager is a defect wherever it comes from. Those marked ``cpu`` are left out then.
 """
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -27,6 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Two processes of two threads each on two cores wait for one another: 126 s became 307, and 42 s of work 84.
     torch.set_num_threads(1)
+    # Nor do programs that tests start: beside two others, one of two threads took 15 to 40 s of the processor for 12.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # cuDNN's fastest backward kernels add up in any order: eager would differ from eager.
     torch.backends.cudnn.deterministic = True
     if config.getoption("device") == "cuda":
