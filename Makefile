@@ -18,7 +18,7 @@ test: .venv/stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --project pyproject.toml
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # torch first and by itself, so that nothing else decides which build of it is installed.
 .venv/stamp: constraints.txt pyproject.toml
