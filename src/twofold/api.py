@@ -82,6 +82,11 @@ class Function(Generic[P, R]):
 
     def _run(self, *arguments: P.args, **keywords: P.kwargs) -> R:
         driver = self._driver
+        if driver.rests():
+            began = time.perf_counter()
+            result = self._wrapped(*arguments, **keywords)
+            driver.end_rested(began)
+            return result
         self._steps_in_call = 0
         driver.choose()
         given = arguments if self._receiver is None else (self._receiver(), *arguments)

@@ -1,6 +1,6 @@
 """What is checked before each unit in the steady state: each check is broken alone, and would be missed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,8 +9,11 @@ from torch import nn
 
 import twofold
 from tests.hazards.programs import Parts, same, sgd, training
+from twofold.capture.trace_graph import Path
 from twofold.convert.from_traces import OptimizerPlan
-from twofold.driver import Driver, Mode
+from twofold.driver import MAX_REST, Driver, Mode
+from twofold.run.builder import Builder
+from twofold.run.contest import SAMPLES, Contest
 from twofold.run.placement import Placement
 from twofold.run.speculation import unit
 
@@ -331,3 +334,103 @@ def test_units_that_compare_graphs_with_eager_execution_are_counted_until_that_i
     for _ in range(20):
         step(torch.ones(2, 4))
     assert twofold.report(step).to_dict()["compared_iterations"] == compared[-1]
+
+
+def test_tiers_are_judged_by_calls_without_their_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged beside its Python, the graph of a small network is slower than eager execution; without, it is faster."""
+    judged: list[int] = []
+    note_graph = Builder.note_graph
+
+    def noted(self: Builder, path: Path, seconds: float) -> None:
+        judged.append(self.account.speculated_iterations)
+        note_graph(self, path, seconds)
+
+    monkeypatch.setattr(Builder, "note_graph", noted)
+    program = training(lambda parts: lambda number, x, y: parts.train(x, y).item())()
+    step = twofold.function(program.step, numerics="exact", background=False)
+    for number in range(40):
+        step(*program.batches(number))
+    assert len(judged) > SAMPLES
+    assert judged == list(range(1, len(judged) + 1))
+
+
+def test_tiers_of_what_does_not_convert_are_judged_beside_its_python() -> None:
+    program = training(lambda parts: lambda number, x, y: [loss.item() for loss in (yield_loss(parts, x, y))])()
+    step = twofold.function(program.step, numerics="exact", background=False)
+    for number in range(60):
+        step(*program.batches(number))
+    report = twofold.report(step).to_dict()
+    assert report["refusals"]
+    assert any("replay: " in decision["text"] for decision in report["decisions"])
+
+
+def yield_loss(parts: Parts, x: torch.Tensor, y: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A generator is not converted."""
+    yield parts.train(x, y)
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The units before which it was looked how they begin."""
+    numbers: list[int] = []
+    choose = Driver.choose
+
+    def noted(self: Driver, goes_on: bool = False) -> None:
+        numbers.append(self.account.iterations)
+        choose(self, goes_on)
+
+    monkeypatch.setattr(Driver, "choose", noted)
+    return numbers
+
+
+def reject(contest: Contest, is_accepted: bool) -> None:
+    assert contest.trial is not None
+    contest.rejected.add(contest.trial.tier)
+    contest.trial = None
+
+
+def test_units_rest_where_no_tier_pays_until_something_else_comes(
+    looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Contest, "settle", reject)
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        return lambda number, x, y: parts.loss(x, y) if number >= 300 else parts.train(x, y)
+
+    program = training(make)()
+    step = twofold.function(program.step, numerics="exact", background=False)
+    for number in range(300):
+        step(*program.batches(number))
+    report = twofold.report(step).to_dict()
+    assert report["iterations"] == 300 == report["eager_iterations"] + report["graph_iterations"]
+    assert [entry["code"] for entry in report["fallbacks"]] == ["not_faster"]
+    since = [number for number in looks if number >= 100]
+    assert 200 // MAX_REST <= len(since) <= 200 // MAX_REST + 1
+    with torch.no_grad():
+        for number in range(300, 300 + MAX_REST + 2):
+            step(*program.batches(number))
+    assert twofold.report(step).to_dict()["paths"] == 2
+
+
+def test_units_that_rest_are_recorded_again_when_that_is_due(looks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def recorded() -> list[int]:
+        parameter = torch.ones(3, requires_grad=True)
+
+        @twofold.function(background=False)
+        def step() -> torch.Tensor:
+            with torch.no_grad():
+                return torch.add(parameter, 1, out=torch.empty(3))
+
+        numbers: list[int] = []
+        for number in range(200):
+            before = twofold.report(step).to_dict()["traced_iterations"]
+            step()
+            if twofold.report(step).to_dict()["traced_iterations"] > before:
+                numbers.append(number)
+        return numbers
+
+    with_rest, looked = recorded(), len(looks)
+    looks.clear()
+    monkeypatch.setattr(Driver, "_begin_rest", lambda self, at_most=0: Mode.IDLE)
+    assert recorded() == with_rest
+    assert looked < 100 < len(looks)

@@ -57,6 +57,7 @@ def root_of(value: Value, views: dict[Value, Node]) -> Value:
     return value
 
 
+_WRITES_IN_PLACE = {torch.Tag.inplace, torch.Tag.pointwise}
 MAX_UNDONE_BYTES = 64 * 1024
 """The largest memory that a segment launched ahead of Python may write to: it is copied before, to be put back."""
 
@@ -213,16 +214,29 @@ def _is_update(node: Node) -> bool:
     return getattr(node.target, "__name__", "").startswith("_fused_")
 
 
-def before_optimizers(nodes: Sequence[Node]) -> tuple[Node, ...]:
-    """Return nodes less the fused updates of optimizers, and less the counting of steps right before each."""
+def before_last_updates(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """Return nodes less those that cannot fail once they have begun, for they allocate nothing.
+
+    These are the updates in place at the end, as of an optimizer that goes over its parameters one by one, and fused
+    updates, with the counting of steps right before each.
+    """
     kept: list[Node] = []
     follows_update = False
     for node in reversed(nodes):
         is_update = _is_update(node)
-        if not is_update and not (follows_update and node.target is torch.ops.aten._foreach_add_.Scalar):
+        is_count = follows_update and node.target is torch.ops.aten._foreach_add_.Scalar
+        if not is_update and not is_count and (kept or not _allocates_nothing(node)):
             kept.append(node)
         follows_update = is_update  # in reverse: what comes before an update
     return tuple(reversed(kept))
+
+
+def _allocates_nothing(node: Node) -> bool:
+    """Whether an operation changes the elements of a tensor in place, and no operand has to be converted for that."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not _WRITES_IN_PLACE.issubset(node.target.tags):
+        return False
+    specs = [operand.spec for operand in node.operands if operand.spec is not None]  # numbers have none
+    return len({(spec.dtype, spec.shape, spec.device) for spec in specs}) == 1
 
 
 def unnoticed_roots(segment: Segment, views: dict[Value, Node], is_captured: bool) -> list[Value]:

@@ -17,7 +17,7 @@ from twofold.convert.optimizers import Setting
 from twofold.convert.segments import (
     MAX_UNDONE_BYTES,
     Segment,
-    before_optimizers,
+    before_last_updates,
     bytes_of,
     unnoticed_roots,
     written_roots,
@@ -50,7 +50,7 @@ class Installed:
     last: int = field(init=False)
     """The last segment of a unit itself."""
     written_early: list[Value] = field(init=False)
-    """What the last segment writes before its optimizer kernels, by which time nothing can fail any more."""
+    """What the last segment writes before its last updates, which cannot fail."""
     unnoticed: list[list[torch.Tensor]] = field(init=False)
     """What each segment changes with no version counter noticing, but for the state of optimizers."""
     handed_on: frozenset[Value] = field(init=False)
@@ -91,7 +91,7 @@ class Installed:
         ]
         self.last = program.unit_segments - 1
         last = program.segments[self.last]
-        nodes = before_optimizers(last.graph.nodes)
+        nodes = before_last_updates(last.graph.nodes)
         early = written_roots(Segment(replace(last.graph, nodes=nodes)), program.views)
         self.host_copies = {
             program.positions[event]: (value, _host_memory(value))

@@ -131,6 +131,10 @@ class Pace:
         self._unit = statistics.median_low(self._eager)
         self._pass(seconds)
 
+    def rested(self, seconds: float) -> None:
+        """Take the time of a unit that ran eagerly where nothing is to be learned of it."""
+        self._pass(seconds)
+
     def _pass(self, seconds: float) -> None:
         self._eager_seconds += min(seconds, LONG * self._unit)
 

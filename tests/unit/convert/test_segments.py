@@ -2,7 +2,9 @@
 
 from textwrap import dedent
 
-from twofold.convert.segments import MAX_UNDONE_BYTES, cut, view_nodes
+import pytest
+
+from twofold.convert.segments import MAX_UNDONE_BYTES, before_last_updates, cut, view_nodes
 from twofold.graph import Graph, parse
 
 UNIT = """
@@ -60,3 +62,30 @@ def test_a_write_to_much_memory_waits_for_python():
 def test_what_follows_a_fetch_is_one_segment_where_nothing_waits():
     waits = "%4: f32[4] = call aten.sin.default(%early)"
     assert segments(waits) == ([FIRST, [*AHEAD, "aten.sin.default", "aten.exp.default"]], (1,))
+
+
+LAST = """
+    graph unit(%p: f32[4], %b: f32[4], %g: f32[4], %rate: f32[]):
+      %0: f32[4] = call aten.mul_.Tensor(%b, 0.9)
+      %1: f32[4] = call aten.mul.Tensor(%g, 2)
+      %2: f32[4] = call aten.add_.Tensor(%b, %g)
+      %3: f32[4] = call aten.add_.Tensor(%p, %b, alpha=-0.1)
+      {last}
+      return %1
+    """
+
+
+@pytest.mark.parametrize(
+    ("last", "before"),
+    [
+        ("%4: f32[4] = call aten.mul_.Scalar(%p, 2)", 2),
+        ("%4: f32[4] = call aten.mul_.Tensor(%p, %rate)", 5),
+        ("%4: f32[4] = call aten.mul.Tensor(%p, 2)", 5),
+        ("%4: f32[4] = call aten.copy_.default(%p, %g)", 5),
+    ],
+    ids=["in place", "of another shape", "allocates", "a copy"],
+)
+def test_what_cannot_fail_at_the_end(last: str, before: int):
+    """Elementwise, in place, of operands that are alike: once the first of these begins, there is nothing to undo."""
+    nodes = parse(dedent(LAST.format(last=last))).nodes
+    assert before_last_updates(nodes) == nodes[:before]

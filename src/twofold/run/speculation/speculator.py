@@ -105,6 +105,10 @@ class Speculator:
             self._refusals = 0
             self._retry_at = min(self._retry_at, self._account.iterations + FIRST_RETRY)
 
+    def is_due(self, root: PathNode) -> bool:
+        """Whether calls that begin at `root` are to be converted for the first time, as soon as that fits the pace."""
+        return self.is_willing() and self.cache.may_convert and not self._refusals and not self.cache.has_graphs(root)
+
     def _may_convert(self, root: PathNode) -> bool:
         if self.cache.has_raised or self.cache.undone in self._refused_ways:
             return False
