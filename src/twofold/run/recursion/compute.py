@@ -172,6 +172,6 @@ def one_by_one(piles: list[Pile], count: int, samples: dict[Table, Sample]) -> l
         ]
         outputs.append(block.run(operands, hosts))
         for result, output in zip(block.block.results, outputs[-1], strict=False):
-            if isinstance(output, Tensor):
-                samples.setdefault((block.function, result), Sample.of(output))
+            if (block.function, result) not in samples and isinstance(output, Tensor):
+                samples[block.function, result] = Sample.of(output)
     return outputs

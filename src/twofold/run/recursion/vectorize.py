@@ -31,7 +31,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .bodies import run_body, without_writes
+from .bodies import Steps, without_writes
 from .decompositions import DECOMPOSITIONS
 from .rewrite import fuse_products, join_gates, merge_equal
 
@@ -191,10 +191,10 @@ def _trace(
 ) -> _Traced:
     inputs = [sample.rows(size) for sample in samples]
     wanted = [index for index, sample in enumerate(samples) if sample.differentiable]
+    steps = Steps(body, {**DECOMPOSITIONS, torch.tensor: construct, torch.as_tensor: construct})
 
     def single(index: Tensor, *values: Any) -> tuple[Tensor, ...]:
-        held = run_body(body, values, {**DECOMPOSITIONS, torch.tensor: construct, torch.as_tensor: construct})
-        return tuple(_as_tensor(item, result) for item, result in zip(held, results, strict=True))
+        return tuple(_as_tensor(item, result) for item, result in zip(steps(values), results, strict=True))
 
     def mapped(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return torch.func.vmap(single)(torch.arange(size), *inputs)
