@@ -184,8 +184,13 @@ class _World:
         modules = [o.object for o in self._outer if isinstance(o.object, torch.nn.Module)]
         self._reads = [outer.read for outer in self._outer]
         self._objects = [outer.object for outer in self._outer]
-        self._modules = list({id(part): part for module in modules for part in module.modules()}.values())
-        self._contents = [held.values() for part in self._modules for held in _CONTENTS(part)]
+        parts = list({id(part): part for module in modules for part in module.modules()}.values())
+        library = [part for part in parts if _is_torchs(part)]
+        self._modules = [part for part in parts if part not in library]
+        self._contents = [held.values() for part in parts for held in _CONTENTS(part)]
+        self._contents += [held.values() for part in library for held in (vars(part), part._buffers)]
+        held = [*chain(*self._contents), *self._objects]
+        self._tensors = [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
         self._state = self._read_state()
 
     def holds(self) -> bool:
@@ -212,10 +217,21 @@ class _World:
 
         It is read at each call, so it is done without a line of Python for each module.
         """
-        dtype, modules = torch.get_default_dtype(), self._modules
-        return [dtype, *map(_TRAINING, modules), *chain(*map(_CONTENTS, modules)), *chain(*self._contents)]
+        modules, tensors = self._modules, self._tensors
+        own = [torch.get_default_dtype(), *map(_DTYPE, tensors), *map(_ON_CPU, tensors), *map(_TRAINING, modules)]
+        return [*own, *chain(*map(_CONTENTS, modules)), *chain(*self._contents)]
 
 
+def _is_torchs(module: torch.nn.Module) -> bool:
+    """Say whether all that a module holds (a slope, an epsilon) may be in what was traced of it.
+
+    Of a user's own module only what its source reads is, and the rest may change from batch to batch.
+    """
+    return type(module).__module__.startswith("torch.")
+
+
+_DTYPE = operator.attrgetter("dtype")
+_ON_CPU = operator.attrgetter("is_cpu")
 _TRAINING = operator.attrgetter("training")
 _CONTENTS = operator.attrgetter(
     "_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"

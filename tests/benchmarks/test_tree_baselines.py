@@ -1,6 +1,6 @@
 """Every contender of `benchmarks.trees` computes plain recursion's loss and gradients: else its speed means nothing.
 
-DyNet is among them where it is installed, or where TWOFOLD_DYNET_PYTHON names an interpreter that has it.
+DyNet is among them where its wheels can be installed, or where TWOFOLD_DYNET_PYTHON names an interpreter that has it.
 """
 
 import copy

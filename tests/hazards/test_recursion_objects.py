@@ -132,3 +132,57 @@ def test_what_was_kept_before_an_exception_has_values() -> None:
         kept.append([state + 0 for state in states])
     assert len(kept[0]) == 4
     torch.testing.assert_close(*kept)
+
+
+def detaching(decorate: Callable[[Any], Any]) -> tuple[Any, nn.Linear]:
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH, WIDTH)
+
+    @decorate
+    def fold(node: Any, scores: list[Tensor]) -> Any:
+        if node.left is None:
+            return torch.full((1, WIDTH), node.word / 8), torch.zeros(1)
+        left, right = fold(node.left, scores), fold(node.right, scores)
+        h = linear(left[0] + right[0] * right[1]).tanh()
+        scores.append(h.detach())
+        return h, h.detach().sum(1)
+
+    return fold, linear
+
+
+def test_gradients_flow_through_the_same_results_as_in_plain_python() -> None:
+    found: list[Any] = []
+    for decorate in (plain, twofold.subgraph):
+        fold, linear = detaching(decorate)
+        seen: list[Any] = []
+        for _ in range(3):
+            scores: list[Tensor] = []
+            results = [fold(tree(depth), scores) for depth in (0, 2, 3)]
+            seen += [[h.requires_grad, score.requires_grad, score.numpy().copy()] for h, score in results]
+            seen += [[score.requires_grad, score.numpy().copy()] for score in scores]
+            sum(h.sum() for h, _ in results).backward()
+        found.append([*seen, linear.weight.grad])
+    torch.testing.assert_close(*found)
+
+
+def turning(decorate: Callable[[Any], Any]) -> tuple[Any, nn.Parameter]:
+    angle = nn.Parameter(torch.full((WIDTH,), 0.3))
+
+    @decorate
+    def turn(node: Any) -> Any:
+        h = torch.complex(angle * node.word, angle.cos())
+        if node.left is not None:
+            h = h * turn(node.left) + turn(node.right)
+        return h / (1 + h.abs())
+
+    return turn, angle
+
+
+def test_complex_results_carry_gradients() -> None:
+    gradients = []
+    for decorate in (plain, twofold.subgraph):
+        turn, angle = turning(decorate)
+        for _ in range(3):
+            (turn(tree(3)).abs().sum() + turn(tree(2)).real.sum()).backward()
+        gradients.append(angle.grad)
+    torch.testing.assert_close(*gradients)

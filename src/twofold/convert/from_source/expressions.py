@@ -329,6 +329,9 @@ class Expressions(ABC):
             return arguments[0] if target is tuple else list(arguments[0])
         if isinstance(target, torch.nn.Module):
             return self.module(node, callee, arguments, keywords)
+        if isinstance(target, BuiltinFunctionType) and not isinstance(target.__self__, ModuleType | None):
+            receiver = Outer.fixed(target.__qualname__, target.__self__)
+            return self.call(node, method, self.use(receiver), target.__name__, *arguments, **keywords)
         if isinstance(target, FunctionType | MethodType) and not is_library(target):
             return self.inline(node, callee, arguments, keywords)
         if is_library(target) and not isinstance(target, MethodType):

@@ -110,4 +110,4 @@ def is_torch(target: Any) -> bool:
     module = getattr(target, "__module__", None) or ""
     if isinstance(target, type) or module in ("builtins", "_operator", "math", "operator"):
         return False
-    return module.partition(".")[0] == "torch" or not module
+    return module.partition(".")[0] == "torch" or (not module and getattr(target, "__self__", None) is None)

@@ -39,7 +39,8 @@ class Recursion(torch.autograd.Function):
         ctx.save_for_backward(*tensors[: len(tensors) - len(places)])
         ctx.set_materialize_grads(False)
         outputs = exits.outputs(run.forward())
-        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
+        flags = zip(outputs, exits.differentiable, strict=True)
+        ctx.mark_non_differentiable(*(output for output, differentiable in flags if not differentiable))
         return tuple(outputs)
 
     @staticmethod

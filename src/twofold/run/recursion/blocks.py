@@ -16,7 +16,7 @@ from twofold.convert.from_source import Block, Operand
 from twofold.errors import TwofoldError
 from twofold.graph import Constant, SubGraph, Value, map_values, values_in
 
-from .bodies import run_body, tensors_of
+from .bodies import Steps, tensors_of
 from .parts import BY_LEVEL, Stage, Staged
 from .vectorize import Joint
 
@@ -113,9 +113,13 @@ class RunnableBlock:
             "levels_backward": dict(ran[Stage.BACK]),
         }
 
+    @cached_property
+    def _steps(self) -> Steps:
+        return Steps(self.block.body, {})
+
     def run(self, operands: Sequence[Tensor], hosts: Sequence[Any]) -> list[Any]:
         """Run one invocation with PyTorch's own operations."""
-        return run_body(self.block.body, [*operands, *hosts], {})
+        return self._steps([*operands, *hosts])
 
 
 def _numbers(body: SubGraph) -> set[Value]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,39 +11,100 @@ import torch
 from torch import Tensor
 
 from twofold.convert.from_source import line_of
-from twofold.graph import Constant, Node, SubGraph, Value, count_reads, evaluate
+from twofold.graph import Constant, Node, SubGraph, Value, count_reads
 
 
-def run_body(body: SubGraph, values: Sequence[Any], targets: Mapping[Any, Any]) -> list[Any]:
-    """Run straight-line code on values of its inputs; `targets` are calls to be replaced.
+class Steps:
+    """Straight-line code ready to be run on values of its inputs, one operation after the other.
 
-    What an operation raises carries the user's line as a note.
+    Constants have places beside those of values, and containers are made by steps of their own, so that a step is one
+    call on what lies in some places: a first batch, which runs one by one, takes little longer than plain Python.
     """
-    environment: dict[Value, Any] = dict(zip(body.inputs, values, strict=True))
-    grad = torch.is_grad_enabled()
-    for node in body.nodes:
-        try:
-            if grad and not node.ambient.grad:
-                with torch.no_grad():
-                    environment[node.results[0]] = _run_node(node, environment, targets)
-            else:
-                environment[node.results[0]] = _run_node(node, environment, targets)
-        except Exception as error:
-            if node.origin is not None:
-                error.add_note(f"in {node.origin.function}, {node.origin}: {line_of(node.origin).strip()}")
-            raise
-    return [evaluate(output, environment) for output in body.outputs]
+
+    def __init__(self, body: SubGraph, targets: Mapping[Any, Any]) -> None:
+        """`targets` are calls to be replaced."""
+        self._held: list[Any] = [None] * len(body.inputs)
+        self._places: dict[Value, int] = {value: place for place, value in enumerate(body.inputs)}
+        self._steps: list[tuple[Callable[..., Any], Callable[[list[Any]], Iterable[Any]], int, Node | None]] = []
+        for node in body.nodes:
+            keywords = dict(node.keywords)
+            places = [self._place(argument) for argument in (*node.arguments, *keywords.values())]
+            function = _function(node, targets)
+            function = function if node.ambient.grad else _without_grad(function)
+            function = _named(function, tuple(keywords)) if keywords else function
+            self._places[node.results[0]] = self._add(function, places, node)
+        self._taken = _taker([self._place(output) for output in body.outputs])
+
+    def __call__(self, values: Sequence[Any]) -> list[Any]:
+        """Return the outputs. What an operation raises carries the user's line as a note."""
+        held = self._held.copy()
+        held[: len(values)] = values
+        for function, taken, place, node in self._steps:
+            try:
+                held[place] = function(*taken(held))
+            except Exception as error:
+                if node is not None and node.origin is not None:
+                    error.add_note(f"in {node.origin.function}, {node.origin}: {line_of(node.origin).strip()}")
+                raise
+        return list(self._taken(held))
+
+    def _add(self, function: Callable[..., Any], places: Sequence[int], node: Node | None) -> int:
+        self._held.append(None)
+        self._steps.append((function, _taker(places), len(self._held) - 1, node))
+        return len(self._held) - 1
+
+    def _place(self, argument: Any) -> int:
+        """Return where what an argument stands for will lie."""
+        kind = type(argument)
+        if kind is Value:
+            return self._places[argument]
+        if kind in (tuple, list):
+            return self._add(lambda *items: kind(items), [self._place(item) for item in argument], None)
+        if kind is dict:
+            names = tuple(argument)
+            made = [self._place(item) for item in argument.values()]
+            return self._add(lambda *items: dict(zip(names, items, strict=True)), made, None)
+        if kind is slice:
+            parts = argument.start, argument.stop, argument.step
+            return self._add(slice, [self._place(part) for part in parts], None)
+        self._held.append(argument.object if kind is Constant else argument)
+        return len(self._held) - 1
 
 
-def _run_node(node: Node, environment: Mapping[Value, Any], targets: Mapping[Any, Any]) -> Any:
-    arguments = [evaluate(argument, environment) for argument in node.arguments]
-    if node.op == "get_attr":
-        return getattr(*arguments)
-    if node.op == "get_item":
-        return arguments[0][arguments[1]]
-    keywords = {name: evaluate(argument, environment) for name, argument in node.keywords}
-    target: Any = targets.get(node.target, node.target)
-    return target(*arguments, **keywords)
+def _taker(places: Sequence[int]) -> Callable[[list[Any]], Iterable[Any]]:
+    """Return what takes the items at some places, in order, without a line of Python."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return operator.itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
+
+
+def _function(node: Node, targets: Mapping[Any, Any]) -> Callable[..., Any]:
+    match node.op:
+        case "get_attr":
+            return getattr
+        case "get_item":
+            return operator.getitem
+        case _:
+            target: Any = targets.get(node.target, node.target)
+            return target
+
+
+def _without_grad(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        with torch.no_grad():
+            return function(*arguments, **keywords)
+
+    return run
+
+
+def _named(function: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """Have the last arguments given by name."""
+
+    def run(*arguments: Any) -> Any:
+        first = len(arguments) - len(names)
+        return function(*arguments[:first], **dict(zip(names, arguments[first:], strict=True)))
+
+    return run
 
 
 def without_writes(body: SubGraph) -> SubGraph:

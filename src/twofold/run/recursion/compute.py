@@ -126,7 +126,10 @@ def _together(
             break
         except SumBroken as broken:
             tables.not_summed.add(broken.table)
-    exits = Exits(bundles, schedule.leave(bundles.requests, tables.summed | tables.chained))
+    groups = schedule.group_of[schedule.requested].tolist()
+    flows = [staged[group].tangents[r.output] is not None for group, r in zip(groups, bundles.requests, strict=True)]
+    numbers = schedule.leave(bundles.requests, tables.summed | tables.chained)
+    exits = Exits(bundles, numbers, bundles.tied_flags(flows))
     work = Work(schedule, staged, columns, tables.summed, differentiate)
     lease = program.captures.lease(work)
     if lease is not None:
@@ -172,6 +175,6 @@ def one_by_one(piles: list[Pile], count: int, samples: dict[Table, Sample]) -> l
         ]
         outputs.append(block.run(operands, hosts))
         for result, output in zip(block.block.results, outputs[-1], strict=False):
-            if isinstance(output, Tensor):
-                samples.setdefault((block.function, result), Sample.of(output))
+            if (block.function, result) not in samples and isinstance(output, Tensor):
+                samples[block.function, result] = Sample.of(output)
     return outputs

@@ -41,6 +41,11 @@ class Bundles:
         rest = iter(tensors)
         return [next(rest) if size is None else torch.stack(list(itertools.islice(rest, size))) for size in self.sizes]
 
+    def tied_flags(self, flags: Sequence[bool]) -> list[bool]:
+        """Say of each tensor that leaves whether a flag of any of its requests is set."""
+        rest = iter(flags)
+        return [True in tuple(itertools.islice(rest, 1 if size is None else size)) for size in self.sizes]
+
     def untied(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the gradients of the requested tensors from those of the tensors that left."""
         found: list[Tensor | None] = []
@@ -54,10 +59,14 @@ class Bundles:
 
 @dataclass(frozen=True)
 class Exits:
-    """Bundles, and where their results are: `numbers` has, for each `Leaving` of a schedule, which requests it is."""
+    """Bundles, and where their results are: `numbers` has, for each `Leaving` of a schedule, which requests it is.
+
+    `differentiable` says of each tensor that leaves whether gradients flow through it: not to one that is detached.
+    """
 
     bundles: Bundles
     numbers: Sequence[Sequence[int]]
+    differentiable: Sequence[bool]
 
     @cached_property
     def _is_as_computed(self) -> bool:

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .bodies import run_body, without_writes
+from .bodies import Steps, without_writes
 from .decompositions import DECOMPOSITIONS
 from .rewrite import fuse_products, join_gates, merge_equal
 
@@ -191,10 +192,10 @@ def _trace(
 ) -> _Traced:
     inputs = [sample.rows(size) for sample in samples]
     wanted = [index for index, sample in enumerate(samples) if sample.differentiable]
+    steps = Steps(body, {**DECOMPOSITIONS, torch.tensor: construct, torch.as_tensor: construct})
 
     def single(index: Tensor, *values: Any) -> tuple[Tensor, ...]:
-        held = run_body(body, values, {**DECOMPOSITIONS, torch.tensor: construct, torch.as_tensor: construct})
-        return tuple(_as_tensor(item, result) for item, result in zip(held, results, strict=True))
+        return tuple(_as_tensor(item, result) for item, result in zip(steps(values), results, strict=True))
 
     def mapped(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return torch.func.vmap(single)(torch.arange(size), *inputs)
@@ -219,12 +220,12 @@ def _trace(
         return [*outputs, *(gradient for gradient in gradients if gradient is not None)]
 
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
+        with torch.enable_grad(), warnings.catch_warnings(), _without_hooks(parameters):
             warnings.simplefilter("ignore")  # of operations that vmap runs one by one
             examples = mapped(inputs)
-        # Without one for all, a mode of fake tensors is made for each node: half of the time that tracing takes.
-        with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
-            module = make_fx(joint)(inputs, [torch.zeros_like(example) for example in examples])
+            # Without one for all, a mode of fake tensors is made for each node: half of the time that tracing takes.
+            with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+                module = make_fx(joint)(inputs, [torch.zeros_like(example) for example in examples])
     except NotBatchableError:
         raise
     except Exception as error:
@@ -239,6 +240,19 @@ def _trace(
         [next(by_input) if index in wanted else False for index in range(len(inputs))],
         given[len(wanted) :],
     )
+
+
+@contextmanager
+def _without_hooks(tensors: Sequence[Tensor]) -> Generator[None]:
+    """Take off the hooks on gradients of tensors: they are called with the gradients of a batch, not with a trace's."""
+    held = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in held:
+            hooks.update(kept)
 
 
 def _as_tensor(held: Any, result: Sample | None) -> Tensor:
@@ -360,6 +374,8 @@ def _simplify(graph: fx.Graph) -> None:
             raise NotBatchableError(f"{node.target} writes in place")
         if node.target is aten.as_strided.default:
             raise NotBatchableError("as_strided depends on how a tensor lies in memory")
+        if node.target is aten.embedding_dense_backward.default and node.args[4]:
+            raise NotBatchableError("scale_grad_by_freq counts how often an invocation, and not a batch, has a word")
         if node.target is aten._unsafe_view.default:
             node.target = aten.view.default
         source = _same_as(node) or _with_bias(graph, node)
