@@ -126,6 +126,19 @@ CONTENT_QUESTIONS: Final[frozenset[Any]] = frozenset(
 """ATen operations that answer with a number. Beneath a call that makes tensors, as `alpha=tensor` puts them, that
 number would be a constant of the graph."""
 
+_aten = torch.ops.aten
+
+SHOWN_ANEW: Final[dict[Any, Any]] = {
+    _aten.as_strided_.default: _aten.as_strided.default,
+    _aten.squeeze_.default: _aten.squeeze.default,
+    _aten.squeeze_.dim: _aten.squeeze.dim,
+    _aten.squeeze_.dims: _aten.squeeze.dims,
+    _aten.t_.default: _aten.t.default,
+    _aten.transpose_.default: _aten.transpose.int,
+    _aten.unsqueeze_.default: _aten.unsqueeze.default,
+}
+"""ATen operations that change how a tensor shows its memory, each with the one that makes such a view of it."""
+
 _DYNAMIC_TAGS: Final = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
 

@@ -79,6 +79,10 @@ class TraceWriter:
         """Whether a call of the unit returned this object."""
         return isinstance(self._references.get(id(tensor)), Slot) and self._alive[id(tensor)]() is tensor
 
+    def is_referred_to(self, tensor: torch.Tensor) -> bool:
+        """Whether a call of the unit returned or was given this object."""
+        return self._known_reference(tensor) is not None
+
     def is_known_memory(self, tensor: torch.Tensor) -> bool:
         """Whether the unit has seen memory of this storage."""
         try:
