@@ -106,6 +106,12 @@ PROPERTY_NAMES: Final[dict[Any, str]] = {
 }
 
 
+REQUIRES_GRAD: Final[frozenset[Any]] = frozenset(
+    {torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_}  # type: ignore[attr-defined]
+)
+"""The setters that can be recorded on what the unit made itself."""
+
+
 def display_name(function: Any) -> str:
     """Return a short name of a function for people, `grad` rather than `__get__`."""
     return PROPERTY_NAMES.get(function) or getattr(function, "__name__", str(function))

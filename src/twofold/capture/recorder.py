@@ -25,6 +25,7 @@ from .functions import (
     HOOKS,
     MEMORY_READS,
     METADATA,
+    REQUIRES_GRAD,
     SETTERS,
     SHOWN_ANEW,
     VALUE_READS,
@@ -372,6 +373,8 @@ class Recorder:
             self.refuse("unsupported_call", f"{display_name(function)} exposes the memory of a tensor of the unit")
         elif function in HOOKS:
             self.refuse("tensor_hook", f"{display_name(function)} on a tensor of the unit")
+        elif function in REQUIRES_GRAD and self._writer.is_made_here(arguments[0]):
+            self._writer.touch(arguments[0])
         elif function in SETTERS and (
             self._writer.is_made_here(arguments[0]) or self._writer.is_known_memory(arguments[0])
         ):
@@ -384,11 +387,15 @@ class Recorder:
 
     def _look_at_gradients(self, function: Any, given: list[torch.Tensor], origin: Origin | None) -> None:
         gradients = self._writer.gradients
-        gradients.note(given)
-        if function in COPIES and gradients.is_of_unit(given[0]):
+        self._note_leaves(given)
+        if function in COPIES and (gradients.is_of_unit(given[0]) or self._writer.has_gradient_of_unit(given[0])):
             self.refuse("unsupported_call", "a leaf is copied with the gradient that the unit gave it", origin)
         if function in READS:
             gradients.look_at(given[:1])
+
+    def _note_leaves(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Take note of gradients from before the unit: leaves that it made itself have none."""
+        self._writer.gradients.note(tensor for tensor in tensors if not self._writer.is_made_here(tensor))
 
     def _touches_unit(self, tensors: list[torch.Tensor]) -> bool:
         return any(self._writer.is_known_memory(tensor) or tensor.requires_grad for tensor in tensors)
@@ -438,7 +445,7 @@ class Recorder:
                 self.refuse(code, f"{name} runs Python in backward", origin)
             variable = getattr(function, "variable", None)
             if variable is not None:
-                self._writer.gradients.note((variable,))
+                self._note_leaves((variable,))
                 if accumulates:
                     self._writer.gradients.look_at((variable,))
             pending.extend(following_nodes(function))

@@ -32,9 +32,13 @@ def outputs_of(
 
 def _output_of(path: Path, run: GraphRunner, slot: int, is_bare: bool) -> torch.Tensor:
     made, value = path.made_in(slot), run.owned_value(path.program.escapes[slot])
-    if is_bare or not made.spec.requires_grad:
+    if not made.requires_grad or (is_bare and made.grad_function):
         return value
-    return with_freed_history(value, made.grad_function) if made.grad_function else value.requires_grad_()
+    if made.grad_function:
+        return with_freed_history(value, made.grad_function)
+    gradient = path.program.leaf_gradients.get(slot)
+    value.requires_grad_().grad = None if gradient is None else run.owned_value(gradient)
+    return value
 
 
 def _with_history(path: Path, run: GraphRunner, slots: Collection[int], learn: LearnLayout) -> dict[int, torch.Tensor]:

@@ -217,12 +217,12 @@ class PythonRunner:
             return function(*arguments, **keywords)
         given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
         if function in HISTORY and given:
-            known = self._placeholders.get(id(given[0]))
+            made = self._unit.made_of(given[0])
             name = HISTORY[function]
-            if known is None:
+            if made is None:
                 return function(*arguments, **keywords)
             if name in ("requires_grad", "is_leaf"):
-                return getattr(known[1], name)
+                return getattr(made, name)
         if not self._has_placeholder(given) and self._is_pythons_own(function, given):
             if self.graph.drawing_sites and (function, user_origin()) in self.graph.drawing_sites:
                 self.host_work()

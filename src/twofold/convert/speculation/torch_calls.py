@@ -304,8 +304,10 @@ class TorchCalls(Draws):
                 return item.sample.detach() if is_look else item.sample.clone()
             known = self.walk.graph.placeholders.get(id(item.sample))
             spec = TensorSpec.of(item.sample) if known is None else known[1].spec
-            shape = [size for size in spec.shape if size is not None]
             path, slot = self.walk.path, item.slot
+            if path is not None and slot is not None:
+                spec = path.made_in(slot).spec
+            shape = [size for size in spec.shape if size is not None]
             seen = None if path is None or slot is None else path.trace.samples.get(slot)
             sample = torch.full(shape, 0 if seen is None else seen, dtype=spec.dtype, device=spec.device)
             return sample.requires_grad_(spec.requires_grad)
