@@ -134,17 +134,23 @@ def copied(parts: Parts, x: torch.Tensor, y: torch.Tensor) -> Any:
     return parts.train(x, y), again, again.grad
 
 
-def gradient_is_kept(parts: Parts, x: torch.Tensor, y: torch.Tensor) -> Any:
-    shift = torch.zeros(4, requires_grad=True)
-    parts.loss(x + shift, y).backward()
-    parts.seen["shift"], gradient = shift, shift.grad
-    return parts.train(x, y), gradient
-
-
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("compute", [copied, gradient_is_kept])
-def test_unit_stays_eager(compute: Compute, mode: Mode) -> None:
-    stays_eager(training(lambda parts: lambda number, x, y: compute(parts, x, y)), "unsupported_call", 12, mode)
+def test_leaf_is_copied_with_its_gradient(mode: Mode) -> None:
+    stays_eager(training(lambda parts: lambda number, x, y: copied(parts, x, y)), "unsupported_call", 12, mode)
+
+
+@pytest.mark.parametrize("engine", ["coexecution", "speculation"])
+def test_gradient_of_a_leaf_is_one_object(engine: str) -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            shift = torch.zeros(4, requires_grad=True)
+            parts.loss(x + shift, y).backward()
+            parts.seen["shift"], gradient = shift, shift.grad
+            return parts.train(x, y), gradient, shift.grad is gradient
+
+        return step
+
+    runs_as_graph(training(make), 12, engine=engine)
 
 
 @pytest.mark.parametrize("mode", MODES)

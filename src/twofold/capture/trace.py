@@ -207,8 +207,8 @@ class Trace:
     gradients: list[Gradient] = field(default_factory=list)
     escapes: dict[int, str] = field(default_factory=dict)
     """Slots that outlived the unit, with the state of their autograd history: none, freed or live."""
-    leaf_gradients: dict[int, int] = field(default_factory=dict[int, int])
-    """The value number of the gradient of each of them that is a leaf and has one."""
+    leaf_gradients: dict[int, tuple[int, int | None]] = field(default_factory=dict[int, "tuple[int, int | None]"])
+    """Of each of them that is a leaf and has a gradient: its value number, and its slot if it was read."""
     samples: dict[int, Any] = field(default_factory=dict[int, Any])
     """What those of one element held."""
     history: History | None = None

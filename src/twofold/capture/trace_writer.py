@@ -356,14 +356,12 @@ class TraceWriter:
 
     # ---- the end -----------------------------------------------------------------------------------------
 
-    def _number_of_gradient(self, gradient: Any) -> int:
-        number = self.number_if_known(gradient)
-        if number == -1 or number is None or self.is_referred_to(gradient):
-            self.refuse(
-                "unsupported_call", "a leaf that the unit made outlives it, with a gradient that it was asked for"
-            )
-            return -1
-        return number
+    def _note_leaf_gradient(self, slot: int, gradient: Any) -> None:
+        number, reference = self.number_if_known(gradient), self._known_reference(gradient)
+        if number == -1 or number is None or isinstance(reference, External):
+            self.refuse("unsupported_call", "a leaf that the unit made outlives it, with a gradient from outside")
+        else:
+            self.trace.leaf_gradients[slot] = number, None if reference is None else reference.index
 
     def close(self) -> Trace:
         """Return the trace, with what escaped and which gradients are left."""
@@ -375,7 +373,7 @@ class TraceWriter:
             if tensor is not None:
                 trace.escapes[slot] = self._history(tensor)
                 if self.has_gradient_of_unit(tensor):
-                    trace.leaf_gradients[slot] = self._number_of_gradient(tensor.grad)
+                    self._note_leaf_gradient(slot, tensor.grad)
                 if tensor.numel() == 1:
                     trace.samples[slot] = tensor.detach().item()
         if trace.history is not None:  # what autograd alone still holds is live too, and no output

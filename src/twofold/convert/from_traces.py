@@ -159,8 +159,8 @@ class Program:
     """The fetches that make Python numbers of one tensor, and so can be answered from a copy of it."""
     escapes: dict[int, Value]
     """Slots that may outlive the unit."""
-    leaf_gradients: dict[int, Value]
-    """The gradients of those that are leaves and have one."""
+    leaf_gradients: dict[int, tuple[Value, int | None]]
+    """The gradients of those that are leaves and have one, each with its own slot if the unit read it."""
     views: dict[Value, Node]
     uses_random: bool
     is_inference: bool
@@ -223,7 +223,7 @@ class _Builder:
         is_inference = self._is_inference(escapes)
         finals = [plan.exit for plan in gradients if plan.exit is not None] + list(escapes.values())
         leaf_gradients = self._leaf_gradients(escapes)
-        finals += leaf_gradients.values()
+        finals += [value for value, _ in leaf_gradients.values()]
         backwards = self._add_backwards(escapes)
         finals += [value for plan in backwards.values() for value in plan.gradients if value is not None]
         graph = self._finish_graph(finals)
@@ -263,12 +263,12 @@ class _Builder:
             raise UnsupportedPath("unsupported_call", what)
         return False
 
-    def _leaf_gradients(self, escapes: Iterable[int]) -> dict[int, Value]:
+    def _leaf_gradients(self, escapes: Iterable[int]) -> dict[int, tuple[Value, int | None]]:
         """Return the gradients of leaves that the unit makes and that outlive it."""
         unseen = (self.path.made_in(slot) for slot in escapes if slot not in self.trace.escapes)
         if any(made.requires_grad and made.is_leaf for made in unseen):
             raise UnsupportedPath("new_path", "a leaf that the unit makes outlives only some units")
-        return {slot: self._value(number) for slot, number in self.trace.leaf_gradients.items()}
+        return {slot: (self._value(number), its) for slot, (number, its) in self.trace.leaf_gradients.items()}
 
     # ---- inputs ------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from .account import Account
 from .graph_runner import GraphRunner, feed_copy
 from .installed import Installed, SharedGradient
 from .lent_gradients import HeldGradient
-from .outputs import learn_layout, outputs_of
+from .outputs import give_gradients, learn_layout, outputs_of
 from .placeholders import escaped, fill_placeholder, make_placeholder, recycle, with_freed_history
 
 _TENSOR = torch.Tensor
@@ -267,6 +267,8 @@ class FollowedUnit:
             node = path.maker_of(index)
             again = recycle(value, made, self._placeholders)
             node.placeholders[index - node.event.first_slot] = again  # type: ignore[union-attr]
+        if path.program.leaf_gradients:
+            give_gradients(path, run, {index: self.slots[index] for index in alive})
 
     # ---- the end: eagerly --------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -36,9 +36,15 @@ def _output_of(path: Path, run: GraphRunner, slot: int, is_bare: bool) -> torch.
         return value
     if made.grad_function:
         return with_freed_history(value, made.grad_function)
-    gradient = path.program.leaf_gradients.get(slot)
-    value.requires_grad_().grad = None if gradient is None else run.owned_value(gradient)
-    return value
+    return value.requires_grad_()
+
+
+def give_gradients(path: Path, run: GraphRunner, outputs: Mapping[int, torch.Tensor]) -> None:
+    """Set the gradients of those outputs, by slot, that are leaves; one that is an output too is that object."""
+    for slot, (value, its_slot) in path.program.leaf_gradients.items():
+        if slot in outputs:
+            gradient = None if its_slot is None else outputs.get(its_slot)
+            outputs[slot].grad = run.owned_value(value) if gradient is None else gradient
 
 
 def _with_history(path: Path, run: GraphRunner, slots: Collection[int], learn: LearnLayout) -> dict[int, torch.Tensor]:

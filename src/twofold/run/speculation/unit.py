@@ -18,7 +18,7 @@ from twofold.convert.from_traces import Program
 from twofold.convert.speculation.speculation import Generator, commit, draw_by, launch, rewinding, step, tensor
 from twofold.graph import Graph, values_in
 from twofold.run.graph_runner import GraphRunner
-from twofold.run.outputs import LearnLayout, outputs_of
+from twofold.run.outputs import LearnLayout, give_gradients, outputs_of
 from twofold.run.placeholders import with_freed_history
 from twofold.run.placement import guards_of
 
@@ -234,6 +234,7 @@ class SpeculatedUnit:
         if self._outputs is None:
             work = self._work
             self._outputs = outputs_of(work.path, self._run or self._started(), work.slots, work.learn, work.bare)
+            give_gradients(work.path, self._run or self._started(), self._outputs)
         return self._outputs[slot]
 
     def commit(self) -> None:
