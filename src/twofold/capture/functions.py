@@ -145,6 +145,17 @@ SHOWN_ANEW: Final[dict[Any, Any]] = {
 }
 """ATen operations that change how a tensor shows its memory, each with the one that makes such a view of it."""
 
+
+def asks_to_check(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    """Whether a call takes numbers out of a tensor only to raise where what it computes then raises as well.
+
+    `one_hot` of a given number of classes, which else is itself such a number, sets items by class.
+    """
+    if function is not torch.nn.functional.one_hot:
+        return False
+    return (arguments[1] if len(arguments) > 1 else keywords.get("num_classes", -1)) != -1
+
+
 _DYNAMIC_TAGS: Final = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
 

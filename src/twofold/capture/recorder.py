@@ -29,6 +29,7 @@ from .functions import (
     SETTERS,
     SHOWN_ANEW,
     VALUE_READS,
+    asks_to_check,
     display_name,
     has_dynamic_shape,
     is_mutable,
@@ -162,7 +163,7 @@ class Recorder:
                 return result
             kind = "fetch"
             templates = self._writer.templates(tuple(given), {})
-        elif kind == "call" and self._asked:
+        elif kind == "call" and self._asked and not asks_to_check(function, arguments, keywords):
             self.refuse("unsupported_call", f"{display_name(function)} takes a number out of a tensor", origin)
         if self._is_cpu_work(given, made):
             self._writer.forget_externals(known)
