@@ -186,6 +186,10 @@ class FollowedUnit:
         if path is None:
             raise CannotFollow("new_path", lack)
         if self._run is not None:
+            if self._run.has_stepped:  # nobody would make the step again that undoing takes back
+                raise CannotFollow(
+                    "new_path", "the unit goes another way than foretold, behind an optimizer's own step"
+                )
             self._undo()
             self._mispredicted(path)
         installed: Installed | None = path.executable
