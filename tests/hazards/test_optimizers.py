@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
-from tests.differential import FUSED, assert_same, function
+import twofold
+from tests.differential import FUSED, assert_same, exact_backend, function
 from tests.hazards.programs import MODES, Mode, Parts, accounted, runs_as_graph, same, training
 
 
@@ -254,6 +255,39 @@ def test_two_optimizers_take_turns(kind: str, mode: Mode) -> None:
         return step
 
     runs_as_graph(training(make, optimizer=lambda m: OPTIMIZERS[kind](m.parameters())), 10, mode)
+
+
+def losses_of_units_of_two_steps() -> list[float]:
+    """Train; what is made of a result after the step makes two steps one unit, which forks between them."""
+    torch.manual_seed(0)
+    model, losses = nn.Linear(4, 3), list[float]()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    kept: torch.Tensor | None = None
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> Any:
+        hidden = torch.zeros(2, 4) if kept is None else kept
+        made = model(x + hidden)
+        loss = (y - made).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss, made.median(), x[:1].clone()
+
+    for number in range(40):
+        loss, median, row = step(torch.randn(2, 4), torch.randn(2, 1))
+        losses.append(loss.item())
+        assert median.requires_grad
+        kept = torch.cat([row, row]) * 0.5
+        if number % 13 == 12:
+            kept = None
+    return losses
+
+
+def test_another_way_than_foretold_behind_a_step_outside() -> None:
+    expected = losses_of_units_of_two_steps()
+    with twofold.program(backend=exact_backend(), numerics="exact", background=False):
+        losses = losses_of_units_of_two_steps()
+    assert losses == expected
 
 
 @pytest.mark.parametrize("mode", MODES)

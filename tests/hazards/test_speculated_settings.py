@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import Optimizer
 
-from tests.hazards.programs import Parts, same, summary, training
+from tests.hazards.programs import Parts, runs_as_graph, same, summary, training
 
 Step = Callable[..., Any]
 
@@ -124,3 +124,18 @@ def test_group_that_is_replaced_is_refused() -> None:
 
     report = same(training(make, optimizer=adam), 20, engine="speculation")
     assert {entry["code"] for entry in report["refusals"]} == {"unsupported_object"}
+
+
+def test_layout_is_asked_after_the_step() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            loss = parts.loss(x, y)
+            turned = (x * 2).t()
+            parts.optimizer.zero_grad()
+            loss.backward()
+            parts.optimizer.step()
+            return turned.stride(), turned.is_contiguous(), turned.shape
+
+        return step
+
+    runs_as_graph(training(make), 10, engine="speculation")

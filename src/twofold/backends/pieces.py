@@ -25,9 +25,10 @@ LITTLE = 0.2
 loop of varying length has others for each. The head of an LSTM over 10,000 words gains half of all."""
 _REDUCING = ("softmax", "nll_loss", "norm")
 
-_LEFT_ALONE = ("_fused_", "_amp_", "_foreach_", "bernoulli")
-"""Inductor of torch 2.13 may compute what reads the result of `bernoulli_` before it has been drawn, in one kernel with
-what `empty_like` left: dropout behind a layer norm gave NaN on a CPU."""
+_LEFT_ALONE = ("_fused_", "_amp_", "_foreach_", "bernoulli", "scatter.value", "scatter_.value")
+"""Where a number is scattered into zeros, Inductor compares each place with the index, and an index out of range raises
+no error. Inductor of torch 2.13 may compute what reads the result of `bernoulli_` before it has been drawn, in one
+kernel with what `empty_like` left: dropout behind a layer norm gave NaN on a CPU."""
 
 
 def is_left_alone(node: Node) -> bool:

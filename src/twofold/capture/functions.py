@@ -106,6 +106,12 @@ PROPERTY_NAMES: Final[dict[Any, str]] = {
 }
 
 
+REQUIRES_GRAD: Final[frozenset[Any]] = frozenset(
+    {torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_}  # type: ignore[attr-defined]
+)
+"""The setters that can be recorded on what the unit made itself."""
+
+
 def display_name(function: Any) -> str:
     """Return a short name of a function for people, `grad` rather than `__get__`."""
     return PROPERTY_NAMES.get(function) or getattr(function, "__name__", str(function))
@@ -125,6 +131,30 @@ CONTENT_QUESTIONS: Final[frozenset[Any]] = frozenset(
 )
 """ATen operations that answer with a number. Beneath a call that makes tensors, as `alpha=tensor` puts them, that
 number would be a constant of the graph."""
+
+_aten = torch.ops.aten
+
+SHOWN_ANEW: Final[dict[Any, Any]] = {
+    _aten.as_strided_.default: _aten.as_strided.default,
+    _aten.squeeze_.default: _aten.squeeze.default,
+    _aten.squeeze_.dim: _aten.squeeze.dim,
+    _aten.squeeze_.dims: _aten.squeeze.dims,
+    _aten.t_.default: _aten.t.default,
+    _aten.transpose_.default: _aten.transpose.int,
+    _aten.unsqueeze_.default: _aten.unsqueeze.default,
+}
+"""ATen operations that change how a tensor shows its memory, each with the one that makes such a view of it."""
+
+
+def asks_to_check(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    """Whether a call takes numbers out of a tensor only to raise where what it computes then raises as well.
+
+    `one_hot` of a given number of classes, which else is itself such a number, sets items by class.
+    """
+    if function is not torch.nn.functional.one_hot:
+        return False
+    return (arguments[1] if len(arguments) > 1 else keywords.get("num_classes", -1)) != -1
+
 
 _DYNAMIC_TAGS: Final = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 

@@ -228,6 +228,12 @@ class Interception:
             self._hears_operations = True
             self._operations.__enter__()
 
+    def hearing_operations(self) -> AbstractContextManager[Any]:
+        """Hear operations within the answer to one, too, for which their mode is off."""
+        depth = torch._C._len_torch_dispatch_stack()
+        is_on = any(torch._C._get_dispatch_stack_at(index) is self._operations for index in range(depth))
+        return self._operations if self._hears_operations and not is_on else _AS_IT_IS
+
     def miss_operations(self) -> None:
         """Hear torch functions alone from now on, which saves the program some 50 µs an operation."""
         if self._hears_operations and torch._C._len_torch_dispatch_stack() == 1:
@@ -258,6 +264,12 @@ def heard_by_listener_alone() -> bool:
 def hears(listener: Listener) -> bool:
     """Whether this thread's listener is this one, and it is not answering a call just now."""
     return _current.listener is listener and any(_mode_at(i) is _current.mode for i in range(_mode_count()))
+
+
+def hearing_operations() -> AbstractContextManager[Any]:
+    """Have the listener hear operations, wherever in the program's code it is that it was told of something."""
+    interception = _current.interception
+    return _AS_IT_IS if interception is None else interception.hearing_operations()
 
 
 def unwatch(code: str, what: str) -> bool:
@@ -417,7 +429,7 @@ _PREPARED: dict[Any, Callable[..., Any]] = {}
 
 
 def without_preparation(function: Any) -> Any:
-    """Return PyTorch's own function where what it is found as only computes first what waits."""
+    """Return PyTorch's own function where what it is found as only minds what waits, or who listens."""
     return _PREPARED.get(function, function) if isinstance(function, FunctionType) else function
 
 
@@ -512,6 +524,24 @@ def _shorten_python_functions() -> None:
         sys.modules[name].handle_torch_function = handle_backward  # type: ignore[attr-defined]
 
 
+def _choose_kernels_as_unheard() -> None:
+    """Have attention and the layers of transformers take the fused kernels in a unit that they take without modes."""
+    original = torch.overrides.has_torch_function
+
+    @functools.wraps(original)
+    def has_torch_function(relevant_arguments: Any) -> bool:
+        if torch.compiler.is_compiling() or _current.listener is None or not _hears_first():
+            return original(relevant_arguments)
+        mode = _pop_mode()
+        try:
+            return original(relevant_arguments)
+        finally:
+            _push_mode(mode)
+
+    torch.overrides.has_torch_function = has_torch_function
+    _PREPARED[has_torch_function] = original
+
+
 def _pause_in(owner: Any, name: str) -> None:
     original = getattr(owner, name)
 
@@ -547,6 +577,7 @@ def install_patches() -> None:
     _prepare_before_changes_of_modules()
     _call_leaf_modules_at_once()
     _shorten_python_functions()
+    _choose_kernels_as_unheard()
     keep_from_dynamo(
         (_FunctionMode.__torch_function__, _DispatchMode.__torch_dispatch__, _ask),
         lambda: _current.listener is not None,

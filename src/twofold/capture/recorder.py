@@ -7,6 +7,7 @@ Python's own business, is decided here; `TraceWriter` writes it down. A unit tha
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,8 +25,11 @@ from .functions import (
     HOOKS,
     MEMORY_READS,
     METADATA,
+    REQUIRES_GRAD,
     SETTERS,
+    SHOWN_ANEW,
     VALUE_READS,
+    asks_to_check,
     display_name,
     has_dynamic_shape,
     is_mutable,
@@ -39,7 +43,7 @@ from .intercept import unheard, user_origin
 from .number_feeds import number_as_tensor
 from .output_history import DIFFERENTIATE, live_outputs, record_history
 from .trace import Event, EventKind, Number, Trace, leaves
-from .trace_writer import TraceWriter
+from .trace_writer import TraceWriter, memory_key
 
 MAX_EVENTS = 20_000
 """A unit longer than this is not a training step: recording it costs more than it can give back."""
@@ -82,6 +86,8 @@ class Recorder:
         self._announced = 0
         self._asked = False
         """Whether an operation of the call going on has answered with a number from a tensor."""
+        self._reads_values = False
+        """Whether that call is a fetch, whatever operations it takes."""
         self._optimizer: Optimizer | None = None
         self._step_gradients: tuple[Number | None, ...] = ()
         self._state_size = 0
@@ -135,12 +141,15 @@ class Recorder:
         if function in DIFFERENTIATE:
             self._note_backward(arguments, keywords, origin, function is not torch.autograd.grad)
         self._asked = False
+        self._reads_values = function in VALUE_READS
         drawn = self.trace.first_random
         try:
             result = self._run_announced(function, arguments, keywords)
         except BaseException:  # no event, so what it alone was given is none of the unit's
             self._writer.forget_externals(known)
             raise
+        finally:
+            self._reads_values = False
         if function in DROPS:
             self._writer.gradients.drop(given[:1])
         operations = self._writer.take_operations()
@@ -154,7 +163,7 @@ class Recorder:
                 return result
             kind = "fetch"
             templates = self._writer.templates(tuple(given), {})
-        elif kind == "call" and self._asked:
+        elif kind == "call" and self._asked and not asks_to_check(function, arguments, keywords):
             self.refuse("unsupported_call", f"{display_name(function)} takes a number out of a tensor", origin)
         if self._is_cpu_work(given, made):
             self._writer.forget_externals(known)
@@ -167,6 +176,8 @@ class Recorder:
 
     def operation(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Run an ATen operation and record it beneath the call that announced it."""
+        given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
+        before = self._memory_before(target, given)
         result = target(*arguments, **keywords)
         if isinstance(target, HigherOrderOperator):
             self.refuse("foreign_operation", f"{target.name()} runs functions of the program out of sight")
@@ -174,7 +185,6 @@ class Recorder:
         if self.trace.refusal is not None:
             return result
         made: list[torch.Tensor] = leaves(result, _TENSOR)
-        given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
         if not all(tensor.layout is torch.strided for tensor in (*made, *given)):
             self.refuse("unsupported_call", f"{target} works on sparse tensors")
             return result
@@ -193,8 +203,23 @@ class Recorder:
         if keeps_workspace(target):  # its workspace exists only in grad mode, where graphs do not run
             self.refuse("unsupported_call", f"{target} keeps what its backward needs out of sight")
             return result
+        if any(map(operator.ne, map(memory_key, before), map(memory_key, given))):
+            if self._reads_values:
+                return result
+            if target not in SHOWN_ANEW or self._writer.is_referred_to(given[0]):
+                self.refuse("unsupported_call", f"{target} changes the shape of a tensor in place")
+                return result
+            # Only what PyTorch does inside of one of its calls comes here: Python never sees the tensor as it was.
+            target, arguments, given = SHOWN_ANEW[target], (before[0], *arguments[1:]), before
         self._writer.add_operation(target, arguments, keywords, given, made)
         return result
+
+    def _memory_before(self, target: Any, given: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return what shows the memory of tensors as they do now, if an operation on them may change how they do."""
+        if isinstance(target, HigherOrderOperator) or not self._announced or not is_mutable(target):
+            return []
+        with unheard():
+            return [tensor.detach() for tensor in given]
 
     def before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: Any) -> None:
         """Begin to record `step` as one event; it runs for real."""
@@ -349,6 +374,8 @@ class Recorder:
             self.refuse("unsupported_call", f"{display_name(function)} exposes the memory of a tensor of the unit")
         elif function in HOOKS:
             self.refuse("tensor_hook", f"{display_name(function)} on a tensor of the unit")
+        elif function in REQUIRES_GRAD and self._writer.is_made_here(arguments[0]):
+            self._writer.touch(arguments[0])
         elif function in SETTERS and (
             self._writer.is_made_here(arguments[0]) or self._writer.is_known_memory(arguments[0])
         ):
@@ -361,11 +388,15 @@ class Recorder:
 
     def _look_at_gradients(self, function: Any, given: list[torch.Tensor], origin: Origin | None) -> None:
         gradients = self._writer.gradients
-        gradients.note(given)
-        if function in COPIES and gradients.is_of_unit(given[0]):
+        self._note_leaves(given)
+        if function in COPIES and (gradients.is_of_unit(given[0]) or self._writer.has_gradient_of_unit(given[0])):
             self.refuse("unsupported_call", "a leaf is copied with the gradient that the unit gave it", origin)
         if function in READS:
             gradients.look_at(given[:1])
+
+    def _note_leaves(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Take note of gradients from before the unit: leaves that it made itself have none."""
+        self._writer.gradients.note(tensor for tensor in tensors if not self._writer.is_made_here(tensor))
 
     def _touches_unit(self, tensors: list[torch.Tensor]) -> bool:
         return any(self._writer.is_known_memory(tensor) or tensor.requires_grad for tensor in tensors)
@@ -415,7 +446,7 @@ class Recorder:
                 self.refuse(code, f"{name} runs Python in backward", origin)
             variable = getattr(function, "variable", None)
             if variable is not None:
-                self._writer.gradients.note((variable,))
+                self._note_leaves((variable,))
                 if accumulates:
                     self._writer.gradients.look_at((variable,))
             pending.extend(following_nodes(function))

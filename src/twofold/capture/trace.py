@@ -130,6 +130,8 @@ class Event:
     """What a fetch gave Python, where that is small; see `sample_of`."""
     presence: Presence = ()
     """The gradients from before the unit that no event before this one has looked at, and this one does."""
+    remade: tuple[tuple[int, Made], ...] = ()
+    """Slots made before that autograd sees otherwise since: `y[0] = layer(x)` gives `y` a history."""
 
     @property
     def name(self) -> str:
@@ -205,6 +207,8 @@ class Trace:
     gradients: list[Gradient] = field(default_factory=list)
     escapes: dict[int, str] = field(default_factory=dict)
     """Slots that outlived the unit, with the state of their autograd history: none, freed or live."""
+    leaf_gradients: dict[int, tuple[int, int | None]] = field(default_factory=dict[int, "tuple[int, int | None]"])
+    """Of each of them that is a leaf and has a gradient: its value number, and its slot if it was read."""
     samples: dict[int, Any] = field(default_factory=dict[int, Any])
     """What those of one element held."""
     history: History | None = None

@@ -65,6 +65,7 @@ class Path:
     def __post_init__(self) -> None:
         presence = [entry for node in self.nodes if node.event is not None for entry in node.event.presence]
         self._leaves, self._present = _columns(presence)
+        self._remade = [(node.depth, one) for node in self.nodes if node.event is not None for one in node.event.remade]
 
     def can_begin(self) -> bool:
         """Whether the gradients that the path depends on are there, or not there, as they were when it began.
@@ -87,9 +88,13 @@ class Path:
         """Return the node whose call makes a slot."""
         return self._made(slot)[0]
 
-    def made_in(self, slot: int) -> Made:
-        """Return what is known of the tensor of a slot besides its contents."""
-        return self._made(slot)[1]
+    def made_in(self, slot: int, until: int | None = None) -> Made:
+        """Return what is known of the tensor of a slot besides its contents, at the end or at the event `until`."""
+        made = self._made(slot)[1]
+        for depth, (index, again) in self._remade:
+            if index == slot and (until is None or depth < until):
+                made = again
+        return made
 
     def _made(self, slot: int) -> tuple[PathNode, Made]:
         if not self._makers:
@@ -156,7 +161,11 @@ class PathNode:
         self.fed = tuple(self.first_external + i for i, role in enumerate(self.roles) if role.tensor is None)
         event = self.event
         self.answers_at_once = (
-            event.kind == "call" and not self.fed and len(event.made) == 1 and event.outcome == Slot(event.first_slot)
+            event.kind == "call"
+            and not self.fed
+            and not event.remade
+            and len(event.made) == 1
+            and event.outcome == Slot(event.first_slot)
         )
 
     def role_of(self, index: int) -> tuple[Role, bool]:
@@ -334,6 +343,7 @@ class TraceGraph:
             or known.function != event.function
             or known.ambient != event.ambient
             or known.made != event.made
+            or known.remade != event.remade
             or not equal_templates(known.arguments, event.arguments)
             or not equal_templates(known.keywords, event.keywords)
             or not _is_same_presence(known.presence, event.presence)

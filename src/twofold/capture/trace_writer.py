@@ -57,6 +57,19 @@ def _refuse(trace: Trace, code: str, reason: str, origin: Origin | None = None) 
         trace.refusal = Refusal(code, reason, origin or user_origin())
 
 
+def _made(tensor: torch.Tensor) -> Made:
+    return Made(TensorSpec.of(tensor), tensor.is_leaf, _end_of_history(tensor)[1], tensor.is_inference())
+
+
+def _end_of_history(tensor: torch.Tensor) -> tuple[bool, str | None]:
+    """Return whether a tensor requires a gradient, and the name of the node that its history ends in."""
+    try:
+        function = tensor.grad_fn
+    except RuntimeError:  # a view whose base was changed in a way that autograd refuses
+        return True, None
+    return tensor.requires_grad, None if function is None else type(function).__name__
+
+
 class TraceWriter:
     """One trace being written. Mutable; `close` hands out the trace and ends its life."""
 
@@ -68,6 +81,12 @@ class TraceWriter:
         self._alive: dict[int, weakref.ref[torch.Tensor]] = {}
         self._operations: list[Operation] = []
         self._written: set[int] = set()
+        self._touched: set[int] = set()
+        """Storages written to by the event that is under way."""
+        self._shown: dict[int, list[int]] = {}
+        """The tensors, by `id`, that show each storage."""
+        self._histories: dict[int, tuple[bool, str | None]] = {}
+        """Whether each of them requires a gradient, and what its history ends in."""
         self._borrowed: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.refuse = functools.partial(_refuse, self.trace)  # no method: what has it must not hold this in a cycle
         self.gradients = EntryGradients(self.refuse, self.trace.frozen)
@@ -78,6 +97,14 @@ class TraceWriter:
     def is_made_here(self, tensor: Any) -> bool:
         """Whether a call of the unit returned this object."""
         return isinstance(self._references.get(id(tensor)), Slot) and self._alive[id(tensor)]() is tensor
+
+    def is_referred_to(self, tensor: torch.Tensor) -> bool:
+        """Whether a call of the unit returned or was given this object."""
+        return self._known_reference(tensor) is not None
+
+    def has_gradient_of_unit(self, tensor: torch.Tensor) -> bool:
+        """Whether it is a leaf that the unit made, and has a gradient."""
+        return tensor.is_leaf and self.is_made_here(tensor) and tensor.grad is not None
 
     def is_known_memory(self, tensor: torch.Tensor) -> bool:
         """Whether the unit has seen memory of this storage."""
@@ -125,6 +152,9 @@ class TraceWriter:
     def _remember(self, tensor: torch.Tensor, reference: Slot | External) -> None:
         self._references[id(tensor)] = reference
         self._alive[id(tensor)] = weakref.ref(tensor)
+        if tensor.layout is torch.strided:
+            self._shown.setdefault(tensor.untyped_storage()._cdata, []).append(id(tensor))
+            self._histories[id(tensor)] = _end_of_history(tensor)
 
     def forget_externals(self, count: int) -> None:
         """Take back the externals past the first `count`: what used them was no event of the unit."""
@@ -193,7 +223,29 @@ class TraceWriter:
         if is_random(target) and self.trace.first_random is None:
             self.trace.first_random = len(self.trace.events)
         if is_mutable(target):
-            self._written.update(tensor.untyped_storage()._cdata for tensor in given)
+            storages = [tensor.untyped_storage()._cdata for tensor in given]
+            self._written.update(storages)
+            self._touched.update(storages)
+
+    def touch(self, tensor: torch.Tensor) -> None:
+        """Take note that the event that is under way may change how autograd sees a tensor."""
+        self._touched.add(tensor.untyped_storage()._cdata)
+
+    def _remade(self) -> tuple[tuple[int, Made], ...]:
+        """Return the slots that autograd sees otherwise since the last event."""
+        remade: list[tuple[int, Made]] = []
+        for identity in [one for storage in self._touched for one in self._shown.get(storage, ())]:
+            tensor = self._alive[identity]()
+            if tensor is None or (now := _end_of_history(tensor)) == self._histories[identity]:
+                continue
+            self._histories[identity] = now
+            reference = self._references[identity]
+            if isinstance(reference, External):
+                self.refuse("unsupported_call", "a tensor from outside is given autograd history in place")
+            else:
+                remade.append((reference.index, _made(tensor)))
+        self._touched.clear()
+        return tuple(sorted(remade, key=operator.itemgetter(0)))
 
     def take_operations(self) -> tuple[Operation, ...]:
         """Return the operations heard since this was asked last."""
@@ -228,13 +280,13 @@ class TraceWriter:
                 number = self.number(tensor)
             slot = Slot(len(self.trace.slot_numbers))
             self.trace.slot_numbers.append(number)
-            grad_function = None if tensor.grad_fn is None else type(tensor.grad_fn).__name__
-            made.append(Made(TensorSpec.of(tensor), tensor.is_leaf, grad_function, tensor.is_inference()))
+            made.append(_made(tensor))
             self._remember(tensor, slot)
             return slot
 
+        remade = self._remade()
         template = None if kind == "fetch" else map_leaves(result, _TENSOR, outcome)
-        known = sample_of(result) if kind == "fetch" else None, self.gradients.take_first_looks()
+        known = sample_of(result) if kind == "fetch" else None, self.gradients.take_first_looks(), remade
         self.trace.events.append(
             Event(kind, function, *templates, template, tuple(made), first, ambient, origin, operations, *known)
         )
@@ -304,6 +356,13 @@ class TraceWriter:
 
     # ---- the end -----------------------------------------------------------------------------------------
 
+    def _note_leaf_gradient(self, slot: int, gradient: Any) -> None:
+        number, reference = self.number_if_known(gradient), self._known_reference(gradient)
+        if number == -1 or number is None or isinstance(reference, External):
+            self.refuse("unsupported_call", "a leaf that the unit made outlives it, with a gradient from outside")
+        else:
+            self.trace.leaf_gradients[slot] = number, None if reference is None else reference.index
+
     def close(self) -> Trace:
         """Return the trace, with what escaped and which gradients are left."""
         trace = self.trace
@@ -313,6 +372,8 @@ class TraceWriter:
             tensor = reference()
             if tensor is not None:
                 trace.escapes[slot] = self._history(tensor)
+                if self.has_gradient_of_unit(tensor):
+                    self._note_leaf_gradient(slot, tensor.grad)
                 if tensor.numel() == 1:
                     trace.samples[slot] = tensor.detach().item()
         if trace.history is not None:  # what autograd alone still holds is live too, and no output

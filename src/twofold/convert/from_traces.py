@@ -159,6 +159,8 @@ class Program:
     """The fetches that make Python numbers of one tensor, and so can be answered from a copy of it."""
     escapes: dict[int, Value]
     """Slots that may outlive the unit."""
+    leaf_gradients: dict[int, tuple[Value, int | None]]
+    """The gradients of those that are leaves and have one, each with its own slot if the unit read it."""
     views: dict[Value, Node]
     uses_random: bool
     is_inference: bool
@@ -220,6 +222,8 @@ class _Builder:
         escapes = {slot: self._value(trace.slot_numbers[slot]) for slot in sorted(self.path.histories)}
         is_inference = self._is_inference(escapes)
         finals = [plan.exit for plan in gradients if plan.exit is not None] + list(escapes.values())
+        leaf_gradients = self._leaf_gradients(escapes)
+        finals += [value for value, _ in leaf_gradients.values()]
         backwards = self._add_backwards(escapes)
         finals += [value for plan in backwards.values() for value in plan.gradients if value is not None]
         graph = self._finish_graph(finals)
@@ -240,6 +244,7 @@ class _Builder:
             fetches=self.fetches,
             number_reads=frozenset(i for i in self.fetches if trace.events[i].function in NUMBER_READS),
             escapes=escapes,
+            leaf_gradients=leaf_gradients,
             views=views,
             uses_random=trace.first_random is not None,
             is_inference=is_inference,
@@ -257,6 +262,13 @@ class _Builder:
             what = "a tensor made in inference mode outlives a unit that is not all in it"
             raise UnsupportedPath("unsupported_call", what)
         return False
+
+    def _leaf_gradients(self, escapes: Iterable[int]) -> dict[int, tuple[Value, int | None]]:
+        """Return the gradients of leaves that the unit makes and that outlive it."""
+        unseen = (self.path.made_in(slot) for slot in escapes if slot not in self.trace.escapes)
+        if any(made.requires_grad and made.is_leaf for made in unseen):
+            raise UnsupportedPath("new_path", "a leaf that the unit makes outlives only some units")
+        return {slot: (self._value(number), its) for slot, (number, its) in self.trace.leaf_gradients.items()}
 
     # ---- inputs ------------------------------------------------------------------------------------------
 

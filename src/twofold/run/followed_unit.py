@@ -18,7 +18,7 @@ from twofold.capture.functions import NUMBER_READS, READ_GRADIENT
 from twofold.capture.intercept import unheard
 from twofold.capture.number_feeds import number_tensor
 from twofold.capture.recorder import Recorder
-from twofold.capture.trace import Event, External, Slot, leaves, map_leaves
+from twofold.capture.trace import Event, External, Made, Slot, leaves, map_leaves
 from twofold.capture.trace_graph import Path, PathNode, TraceGraph
 from twofold.convert.from_traces import OptimizerPlan
 from twofold.graph import ambient_context, inference_mode
@@ -27,7 +27,7 @@ from .account import Account
 from .graph_runner import GraphRunner, feed_copy
 from .installed import Installed, SharedGradient
 from .lent_gradients import HeldGradient
-from .outputs import learn_layout, outputs_of
+from .outputs import give_gradients, learn_layout, outputs_of
 from .placeholders import escaped, fill_placeholder, make_placeholder, recycle, with_freed_history
 
 _TENSOR = torch.Tensor
@@ -48,6 +48,8 @@ class FollowedUnit:
         """The placeholders of the calls walked so far."""
         self.feeds: dict[int, Any] = {}
         """Tensors bound by the checks of calls, and numbers that are fed as tensors, by external."""
+        self._remade: dict[int, Made] = {}
+        """What autograd sees otherwise than when it was made, by `id` of the placeholder."""
         self._graph = graph
         self._account = account
         self._placeholders = graph.placeholders
@@ -60,6 +62,7 @@ class FollowedUnit:
         """Forget the unit."""
         self.slots.clear()
         self.feeds.clear()
+        self._remade.clear()
         self._copied.clear()
         self._fetched.clear()
         self._run = self._path = None
@@ -74,6 +77,8 @@ class FollowedUnit:
             if placeholder is None:
                 placeholder = node.placeholders[index] = make_placeholder(event.made[index], self._placeholders)
             self.slots.append(placeholder)
+        for index, made in event.remade:
+            self._remade[id(self.slots[index])] = made
         if type(event.outcome) is Slot:
             return self.slots[event.outcome.index]
         return self._resolved(node, event.outcome)
@@ -122,16 +127,21 @@ class FollowedUnit:
 
         def real(tensor: torch.Tensor) -> torch.Tensor:
             value = next(values)
-            known = self._placeholders.get(id(tensor))
-            if known is None:
+            made = self.made_of(tensor)
+            if made is None:
                 return tensor
-            if shows_history and known[1].grad_function:
-                return with_freed_history(value, known[1].grad_function)
-            return value.requires_grad_() if known[1].requires_grad and known[1].is_leaf else value
+            if shows_history and made.grad_function:
+                return with_freed_history(value, made.grad_function)
+            return value.requires_grad_() if made.requires_grad and made.is_leaf else value
 
         arguments, keywords = map_leaves((arguments, keywords), _TENSOR, real)
         with unheard():
             return function(*arguments, **keywords)
+
+    def made_of(self, tensor: torch.Tensor) -> Made | None:
+        """Return what is known of what a placeholder stands for now; None of all other tensors."""
+        known = self._placeholders.get(id(tensor))
+        return None if known is None else self._remade.get(id(tensor), known[1])
 
     def path_ahead(self, node: PathNode) -> Path | None:
         """Return the path that the unit most likely takes from a node on.
@@ -176,6 +186,10 @@ class FollowedUnit:
         if path is None:
             raise CannotFollow("new_path", lack)
         if self._run is not None:
+            if self._run.has_stepped:  # nobody would make the step again that undoing takes back
+                raise CannotFollow(
+                    "new_path", "the unit goes another way than foretold, behind an optimizer's own step"
+                )
             self._undo()
             self._mispredicted(path)
         installed: Installed | None = path.executable
@@ -257,6 +271,8 @@ class FollowedUnit:
             node = path.maker_of(index)
             again = recycle(value, made, self._placeholders)
             node.placeholders[index - node.event.first_slot] = again  # type: ignore[union-attr]
+        if path.program.leaf_gradients:
+            give_gradients(path, run, {index: self.slots[index] for index in alive})
 
     # ---- the end: eagerly --------------------------------------------------------------------------------
 

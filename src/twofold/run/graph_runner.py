@@ -114,6 +114,11 @@ class GraphRunner:
         if self.launched in installed.host_copies:
             self._copy_to_host(self.launched)
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether an optimizer has stepped outside of the graph, and more of the unit was to come."""
+        return bool(self._undo)
+
     def launch_ahead(self) -> None:
         """Launch the segments that need nothing more from Python and write little that outlives the unit."""
         while self.launched in self.installed.go_ahead and self._has_inputs(self.launched):

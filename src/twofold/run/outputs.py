@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -32,9 +32,19 @@ def outputs_of(
 
 def _output_of(path: Path, run: GraphRunner, slot: int, is_bare: bool) -> torch.Tensor:
     made, value = path.made_in(slot), run.owned_value(path.program.escapes[slot])
-    if is_bare or not made.spec.requires_grad:
+    if not made.requires_grad or (is_bare and made.grad_function):
         return value
-    return with_freed_history(value, made.grad_function) if made.grad_function else value.requires_grad_()
+    if made.grad_function:
+        return with_freed_history(value, made.grad_function)
+    return value.requires_grad_()
+
+
+def give_gradients(path: Path, run: GraphRunner, outputs: Mapping[int, torch.Tensor]) -> None:
+    """Set the gradients of those outputs, by slot, that are leaves; one that is an output too is that object."""
+    for slot, (value, its_slot) in path.program.leaf_gradients.items():
+        if slot in outputs:
+            gradient = None if its_slot is None else outputs.get(its_slot)
+            outputs[slot].grad = run.owned_value(value) if gradient is None else gradient
 
 
 def _with_history(path: Path, run: GraphRunner, slots: Collection[int], learn: LearnLayout) -> dict[int, torch.Tensor]:

@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer
 from twofold.capture import landmarks
 from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, display_name
 from twofold.capture.history import Watch
-from twofold.capture.intercept import unheard, user_origin
+from twofold.capture.intercept import hearing_operations, unheard, user_origin
 from twofold.capture.recorder import Recorder, has_step_hooks
 from twofold.capture.trace import Trace, leaves
 from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
@@ -217,12 +217,12 @@ class PythonRunner:
             return function(*arguments, **keywords)
         given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
         if function in HISTORY and given:
-            known = self._placeholders.get(id(given[0]))
+            made = self._unit.made_of(given[0])
             name = HISTORY[function]
-            if known is None:
+            if made is None:
                 return function(*arguments, **keywords)
             if name in ("requires_grad", "is_leaf"):
-                return getattr(known[1], name)
+                return getattr(made, name)
         if not self._has_placeholder(given) and self._is_pythons_own(function, given):
             if self.graph.drawing_sites and (function, user_origin()) in self.graph.drawing_sites:
                 self.host_work()
@@ -367,7 +367,8 @@ class PythonRunner:
         self._unit.discard()
         recorder = self._recorder = self._make_recorder()
         try:
-            with landmarks.within():  # they were passed when the calls were made
+            # Landmarks were passed before. What made the unit leave may be beneath an operation, as in `from_numpy`.
+            with landmarks.within(), hearing_operations():
                 self._unit.repeat(node, recorder)
         except BaseException as error:  # the program's own, from a call made earlier
             recorder.refuse("unit_raised", f"{type(error).__name__} from a call made earlier in the unit", None)

@@ -144,7 +144,7 @@ REFUSALS: dict[str, tuple[str, Callable[[], Any]]] = {
     "unique": ("data_dependent_shape", lambda: torch.unique(X)),
     "generator": ("unsupported_call", lambda: torch.rand(2, generator=torch.Generator())),
     "memory address": ("unsupported_call", lambda: (X * 2).data_ptr()),
-    "requires_grad_ on an intermediate": ("unsupported_call", lambda: (X * 2).requires_grad_()),
+    "shape of an intermediate": ("unsupported_call", lambda: (X * 2).unsqueeze_(0)),
     "grad_fn of an intermediate": ("unsupported_call", lambda: (LEAF * 2).grad_fn),
     "new parameter": ("unsupported_call", lambda: torch.nn.Parameter(X * 2)),
     "closure": ("unsupported_call", lambda: NET.optimizer.step(lambda: NET.weight.sum())),

@@ -304,10 +304,15 @@ class TorchCalls(Draws):
                 return item.sample.detach() if is_look else item.sample.clone()
             known = self.walk.graph.placeholders.get(id(item.sample))
             spec = TensorSpec.of(item.sample) if known is None else known[1].spec
-            shape = [size for size in spec.shape if size is not None]
             path, slot = self.walk.path, item.slot
+            if path is not None and slot is not None:
+                spec = path.made_in(slot).spec
+            shape = [size for size in spec.shape if size is not None]
             seen = None if path is None or slot is None else path.trace.samples.get(slot)
-            sample = torch.full(shape, 0 if seen is None else seen, dtype=spec.dtype, device=spec.device)
+            sample = torch.empty(shape, dtype=spec.dtype, device=spec.device)
+            if spec.stride is not None:
+                sample = torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=spec.device)
+            sample.fill_(0 if seen is None else seen)
             return sample.requires_grad_(spec.requires_grad)
 
     def _wrap_late(self, result: Any, value: Any) -> Item:

@@ -13,7 +13,7 @@ from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, display
 from twofold.capture.intercept import NO_KEYWORDS, unheard, user_origin
 from twofold.capture.placeholders import make_placeholder
 from twofold.capture.recorder import has_step_hooks
-from twofold.capture.trace import External, Slot, leaves, map_leaves
+from twofold.capture.trace import External, Made, Slot, leaves, map_leaves
 from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
 from twofold.convert.refusals import Refusal, Refused
 
@@ -44,6 +44,8 @@ class Walk:
         self.slots: list[torch.Tensor] = []
         self.slot_of: dict[int, int] = {}
         """Slots by the `id` of their placeholders."""
+        self._remade: dict[int, Made] = {}
+        """What autograd sees otherwise than when it was made, likewise."""
         self.feeds: dict[int, Any] = {}
         self.path: Path | None = None
         """Set once the unit has ended."""
@@ -80,6 +82,8 @@ class Walk:
                 node.placeholders[index] = placeholder
             self.slot_of[id(placeholder)] = len(self.slots)
             self.slots.append(placeholder)
+        for index, made in event.remade:
+            self._remade[id(self.slots[index])] = made
         return map_leaves(event.outcome, (Slot, External), self._resolve)
 
     def _pass(self, node: PathNode) -> None:
@@ -112,7 +116,7 @@ class Walk:
             if known is None and id(given[0]) not in self.slot_of:
                 return function(*arguments, **keywords)
             if known is not None and HISTORY[function] in ("requires_grad", "is_leaf"):
-                return getattr(known[1], HISTORY[function])
+                return getattr(self._remade.get(id(given[0]), known[1]), HISTORY[function])
         elif function in FROM_HOST_DATA and not any(id(tensor) in self.slot_of for tensor in given):
             made = function(*arguments, **keywords)
             self.made_by_python.append(made)

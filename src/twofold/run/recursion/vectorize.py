@@ -32,6 +32,8 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from twofold.capture.functions import SHOWN_ANEW
+
 from .bodies import Steps, without_writes
 from .decompositions import DECOMPOSITIONS
 from .rewrite import fuse_products, join_gates, merge_equal
@@ -334,15 +336,6 @@ def _batch_dimension(a: fx.Node, b: fx.Node) -> tuple[int, int] | None:
 _ALIASES = frozenset({aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default})
 
 
-_RESHAPED_IN_PLACE: dict[Any, Any] = {
-    aten.squeeze_.dims: aten.squeeze.dims,
-    aten.squeeze_.dim: aten.squeeze.dim,
-    aten.squeeze_.default: aten.squeeze.default,
-    aten.unsqueeze_.default: aten.unsqueeze.default,
-    aten.t_.default: aten.t.default,
-}
-
-
 def _sole_use(node: fx.Node) -> bool:
     return bool(node.args) and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1
 
@@ -368,7 +361,7 @@ def _simplify(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        node.target = _RESHAPED_IN_PLACE.get(node.target, node.target) if _sole_use(node) else node.target
+        node.target = SHOWN_ANEW.get(node.target, node.target) if _sole_use(node) else node.target
         node.target = _out_of_place(node.target) if _sole_use_of_new(node) else node.target
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise NotBatchableError(f"{node.target} writes in place")

@@ -18,7 +18,7 @@ from twofold.convert.from_traces import Program
 from twofold.convert.speculation.speculation import Generator, commit, draw_by, launch, rewinding, step, tensor
 from twofold.graph import Graph, values_in
 from twofold.run.graph_runner import GraphRunner
-from twofold.run.outputs import LearnLayout, outputs_of
+from twofold.run.outputs import LearnLayout, give_gradients, outputs_of
 from twofold.run.placeholders import with_freed_history
 from twofold.run.placement import guards_of
 
@@ -180,7 +180,7 @@ class SpeculatedUnit:
         recorded: Any = self._work.path.nodes[event].event
         references = leaves((recorded.arguments, recorded.keywords), (Slot, External))
         shows_history = function in (_TENSOR.__repr__, _TENSOR.__format__)
-        given = [self._real(r, v, shows_history) for r, v in zip(references, values, strict=True)]
+        given = [self._real(event, r, v, shows_history) for r, v in zip(references, values, strict=True)]
         self._fetched[event] = fetched = function(*given, *rest)
         return fetched
 
@@ -188,12 +188,12 @@ class SpeculatedUnit:
         """Return what was read of the unit, by the events."""
         return {self._work.path.nodes[event]: value for event, value in self._fetched.items()}
 
-    def _real(self, reference: Slot | External, value: torch.Tensor, shows_history: bool) -> torch.Tensor:
+    def _real(self, event: int, reference: Slot | External, value: torch.Tensor, shows_history: bool) -> torch.Tensor:
         path = self._work.path
         if isinstance(reference, External):
             role, _ = path.nodes[-1].role_of(reference.index)
             return self._given[reference.index] if role.tensor is None else role.tensor
-        made = path.made_in(reference.index)
+        made = path.made_in(reference.index, event)
         if shows_history and made.grad_function:
             return with_freed_history(value, made.grad_function)
         return value.requires_grad_() if made.requires_grad and made.is_leaf else value
@@ -234,6 +234,7 @@ class SpeculatedUnit:
         if self._outputs is None:
             work = self._work
             self._outputs = outputs_of(work.path, self._run or self._started(), work.slots, work.learn, work.bare)
+            give_gradients(work.path, self._run or self._started(), self._outputs)
         return self._outputs[slot]
 
     def commit(self) -> None:

@@ -1,0 +1,116 @@
+"""What PyTorch does beneath one call of the program: shapes changed in place, kernels chosen by who listens."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.hazards.programs import MODES, Mode, Parts, net, runs_as_graph, stays_eager, training
+
+
+class Sequence(nn.Module):
+    """A recurrent network over the columns of its input as steps."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.cell, self.last = cell(1, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output, hidden = self.cell(x.unsqueeze(2))
+        return self.last(output[:, -1] + hidden[0] + output.mean(1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cell", [nn.GRU, nn.RNN])
+def test_batches_come_first(cell: Any, mode: Mode) -> None:
+    """What such a network makes is transposed in place, beneath the call."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        return lambda number, x, y: parts.train(x, y)
+
+    runs_as_graph(training(make, model=lambda: Sequence(cell)), 10, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_quantile(mode: Mode) -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            made = parts.model(x)
+            loss = F.mse_loss(made, y) + made.quantile(0.5) + made.quantile(0.9, dim=1).sum()
+            loss.backward()
+            parts.optimizer.step()
+            return loss
+
+        return step
+
+    runs_as_graph(training(make), 10, mode)
+
+
+RESHAPES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "t_": lambda t: t.t_().t_(),
+    "transpose_": lambda t: t.transpose_(0, 1).mul_(2).swapaxes_(0, 1),
+    "unsqueeze_": lambda t: t.unsqueeze_(0).squeeze_(0),
+    "as_strided_": lambda t: t.as_strided_((3, t.numel() // 3), (1, 3)).t_(),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", RESHAPES)
+def test_shape_is_changed_in_place(name: str, mode: Mode) -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            hidden = parts.model(x)
+            reshaped = RESHAPES[name](hidden)
+            parts.optimizer.zero_grad()
+            loss = F.mse_loss(hidden, y)
+            loss.backward()
+            parts.optimizer.step()
+            return loss, hidden.shape, hidden.stride(), reshaped is hidden
+
+        return step
+
+    stays_eager(training(make), "unsupported_call", 10, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fused_layers_are_taken_that_are_taken_without_modes(mode: Mode) -> None:
+    """A transformer's layers in evaluation ask whether somebody hears their calls, and round otherwise if so."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2).eval()
+        attention = nn.MultiheadAttention(4, 2, batch_first=True).eval()
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            with torch.no_grad():
+                encoded = layers(x.unsqueeze(0))[0]
+                attended = attention(x[None], x[None], x[None], need_weights=False)[0][0]
+            return encoded, attended, parts.train(encoded + attended, y)
+
+        return step
+
+    runs_as_graph(training(make), 10, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_path_is_left_where_an_array_becomes_a_tensor(mode: Mode) -> None:
+    """It is left beneath an operation; what the unit did before must be recorded as it is made again."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        target = net()
+        parts.seen["target"] = target
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            if number % 2:
+                target.load_state_dict(parts.model.state_dict())
+            noise = torch.from_numpy(np.full(3, number, dtype=np.float32)) if number >= 6 else None
+            goal = target(x).detach() + y
+            return parts.train(x, goal if noise is None else goal + noise.to(y.device))
+
+        return step
+
+    runs_as_graph(training(make), 20, mode, at_least=8)
