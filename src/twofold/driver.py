@@ -178,7 +178,7 @@ class Driver:
             self.account.speculated_iterations += 1
             self._end_unit(path, None, self._signature)
         else:
-            self._awaits_conversion = self.speculator.is_due(self._root)
+            self._awaits_conversion = self._timing and self.speculator.awaits_conversion(self._root)
         return result
 
     def next_mode(self, root: PathNode) -> Mode:

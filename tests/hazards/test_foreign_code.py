@@ -59,6 +59,19 @@ def test_compiled_part_stays_compiled_outside_of_units(fullgraph: bool) -> None:
     assert len(runs) == 3
 
 
+def test_what_chooses_kernels_is_compiled_whole_between_units() -> None:
+    """Layers of transformers ask whether anything is overridden, and Dynamo knows that function of PyTorch's alone."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    forward = twofold.function(layer, numerics="exact", backend="replay", background=False)
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        for _ in range(4):
+            assert torch.equal(forward(x), layer(x))
+            assert compiled(x).shape == x.shape
+    assert twofold.report(forward).to_dict()["graph_iterations"] > 0
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_operator_that_holds_functions(mode: Mode) -> None:
     def make(parts: Parts) -> Callable[..., Any]:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import twofold
 from twofold.capture.trace import Trace
@@ -57,7 +59,7 @@ def test_a_path_of_many_feeds_is_added_in_one_pass_over_its_operations(monkeypat
     """A unit of 18,000 operations whose structure a network decides took 22 s to record, one pass for each feed."""
     passes, written_storages = 0, Trace.written_storages
 
-    def count(self: Trace) -> set[int]:
+    def count(self: Trace) -> dict[int, StorageWeakRef]:
         nonlocal passes
         passes += 1
         return written_storages(self)
@@ -76,3 +78,26 @@ def test_a_path_of_many_feeds_is_added_in_one_pass_over_its_operations(monkeypat
         assert torch.equal(step(tensors), total(tensors))
     assert twofold.report(step).to_dict()["traced_iterations"] == 4
     assert passes <= 3 * 4
+
+
+def test_a_feed_is_not_taken_for_memory_that_was_written_to_and_is_gone() -> None:
+    """A feed that lay where a gradient had lain before made a unit leave its graph each time: 0.11 of eager's speed."""
+    parameter = torch.ones(3, requires_grad=True)
+
+    @twofold.function(engine="coexecution", backend="replay")
+    def accumulate(x: torch.Tensor) -> torch.Tensor:
+        loss = (parameter * x).sum()
+        loss.backward()
+        return loss.detach()
+
+    feeds = [torch.from_numpy(np.ones(3, dtype=np.float32)) for _ in range(4)]
+    accumulate(feeds[0])
+    for x in feeds[1:]:
+        parameter.grad = torch.zeros(3)
+        accumulate(x)
+    parameter.grad = None
+    feeds += [torch.from_numpy(np.ones(3, dtype=np.float32)) for _ in range(1000)]
+    graph = accumulate._driver.graph
+    assert graph.writes_to(parameter) is False
+    assert len(graph._written_storages) >= 2
+    assert not any(map(graph.writes_to, feeds))

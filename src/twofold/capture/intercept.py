@@ -202,6 +202,7 @@ class Interception:
         _current.mode = self._functions
         _current.interception = self
         self.active = True
+        _choose_kernels_as_unheard(self, is_active=True)
 
     def ask(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Have the listener, whose modes were just entered, answer a call that PyTorch would not announce."""
@@ -220,6 +221,7 @@ class Interception:
             self._operations.__exit__(None, None, None)
         _current.listener = None
         self.active = False
+        _choose_kernels_as_unheard(self, is_active=False)
         return True
 
     def hear_operations(self) -> None:
@@ -524,22 +526,31 @@ def _shorten_python_functions() -> None:
         sys.modules[name].handle_torch_function = handle_backward  # type: ignore[attr-defined]
 
 
-def _choose_kernels_as_unheard() -> None:
-    """Have attention and the layers of transformers take the fused kernels in a unit that they take without modes."""
-    original = torch.overrides.has_torch_function
+def _is_overridden_unheard(relevant_arguments: Any) -> bool:
+    if _current.listener is None or not _hears_first():
+        return _is_overridden(relevant_arguments)
+    mode = _pop_mode()
+    try:
+        return _is_overridden(relevant_arguments)
+    finally:
+        _push_mode(mode)
 
-    @functools.wraps(original)
-    def has_torch_function(relevant_arguments: Any) -> bool:
-        if torch.compiler.is_compiling() or _current.listener is None or not _hears_first():
-            return original(relevant_arguments)
-        mode = _pop_mode()
-        try:
-            return original(relevant_arguments)
-        finally:
-            _push_mode(mode)
 
-    torch.overrides.has_torch_function = has_torch_function
-    _PREPARED[has_torch_function] = original
+_is_overridden = torch.overrides.has_torch_function
+_PREPARED[_is_overridden_unheard] = _is_overridden
+_listening: set[Interception] = set()
+_listening_changes = threading.Lock()
+
+
+def _choose_kernels_as_unheard(interception: Interception, is_active: bool) -> None:
+    """Have attention and the layers of transformers take the fused kernels in a unit that they take without modes.
+
+    They ask whether anything is overridden. Only while somebody listens are they answered by us: Dynamo, which knows
+    PyTorch's own function, would give up where it met another.
+    """
+    with _listening_changes:
+        (_listening.add if is_active else _listening.discard)(interception)
+        torch.overrides.has_torch_function = _is_overridden_unheard if _listening else _is_overridden
 
 
 def _pause_in(owner: Any, name: str) -> None:
@@ -577,7 +588,6 @@ def install_patches() -> None:
     _prepare_before_changes_of_modules()
     _call_leaf_modules_at_once()
     _shorten_python_functions()
-    _choose_kernels_as_unheard()
     keep_from_dynamo(
         (_FunctionMode.__torch_function__, _DispatchMode.__torch_dispatch__, _ask),
         lambda: _current.listener is not None,

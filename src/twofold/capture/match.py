@@ -7,7 +7,7 @@ compared by identity, all else by value; a tensor that a unit is given anew each
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Role:
     is_inference: bool
     is_parameter: bool
     is_number: bool
-    written: dict[int, None]
+    written: Collection[int]
     """Storages that units write to, shared by all roles of a TraceGraph: a feed must not alias one."""
     placeholders: Placeholders
 

@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from twofold.graph import Ambient, Origin, TensorSpec
 
@@ -221,11 +222,15 @@ class Trace:
     """Whether an optimizer made its state in this unit, so that the next step will do something else."""
     refusal: Refusal | None = None
 
-    def written_storages(self) -> set[int]:
-        """Return the identities of the storages that were given to the unit and that it wrote to."""
+    def written_storages(self) -> dict[int, StorageWeakRef]:
+        """Return the storages that were given to the unit and that it wrote to, by identity.
+
+        As long as one is referred to, weakly too, no other has its identity.
+        """
         given = dict(zip(self.external_numbers, self.externals, strict=True)) | self.hidden
         written = {n for event in self.events for operation in event.operations for n in operation.writes()}
-        return {given[number].untyped_storage()._cdata for number in written & given.keys()}
+        storages = [given[number].untyped_storage() for number in written & given.keys()]
+        return {storage._cdata: StorageWeakRef(storage) for storage in storages}
 
 
 _HIDDEN_WRITES = {

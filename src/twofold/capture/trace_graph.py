@@ -10,11 +10,12 @@ one path was fed at a place of the program, so are others from their first unit 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from twofold.graph import Origin, TensorSpec
 
@@ -214,7 +215,7 @@ class TraceGraph:
         self.lesson = ""
         """What the last merge taught that returned no path, for the report."""
         self.has_accelerator = False
-        self._written_storages: dict[int, None] = {}
+        self._written_storages: dict[int, StorageWeakRef] = {}
 
     def learn_backward(self, watch: Watch) -> None:
         """Learn how a backward reached what an eager unit handed out."""
@@ -297,12 +298,12 @@ class TraceGraph:
             node.end.seen += 1
             node.end.trace = trace
         node.end.histories.update(trace.escapes)
-        self._written_storages.update(dict.fromkeys(written))
+        self._written_storages.update(written)
         for passed in (root, *nodes):
             passed.latest = node.end
         return node.end
 
-    def _grow(self, parent: PathNode, event: Event, trace: Trace, written: set[int]) -> PathNode:
+    def _grow(self, parent: PathNode, event: Event, trace: Trace, written: Collection[int]) -> PathNode:
         first = parent.first_external + len(parent.roles)
         fresh = sorted({e.index for e in leaves((event.arguments, event.keywords), External) if e.index >= first})
         roles = [self._role(trace, index, _place(event, index), written) for index in fresh]
@@ -310,7 +311,7 @@ class TraceGraph:
         parent.children.append(node)
         return node
 
-    def _role(self, trace: Trace, index: int, place: Place, written: set[int]) -> Role:
+    def _role(self, trace: Trace, index: int, place: Place, written: Collection[int]) -> Role:
         tensor = trace.externals[index]
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         # Memory that PyTorch did not allocate may change unseen, so what it holds is copied when it is used.
@@ -328,7 +329,7 @@ class TraceGraph:
             self.placeholders,
         )
 
-    def _may_change(self, tensor: torch.Tensor, written: set[int]) -> bool:
+    def _may_change(self, tensor: torch.Tensor, written: Collection[int]) -> bool:
         """Whether a tensor can be a feed: nothing writes to it or differentiates it, and no path knows it as static."""
         storage = tensor.untyped_storage()._cdata
         if tensor.requires_grad or storage in self._written_storages or storage in written:

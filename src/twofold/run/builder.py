@@ -197,7 +197,10 @@ class Builder:
 
     def is_timing(self, path: Path | None) -> bool:
         """Whether the next unit's time counts, so that the device must be idle at both ends."""
-        return path is not None and path in self._states and self._trial_now(self._contest(path)) is not None
+        if path is None or path not in self._states:
+            return False
+        contest = self._contest(path)
+        return contest.trial is not None or self._trial_now(contest) is not None
 
     def choose(self, path: Path) -> None:
         """Set what the next unit of a path runs on: the tier on trial or the best accepted, in turns; None: eagerly."""
@@ -225,10 +228,13 @@ class Builder:
         return None if trial.against == EAGER else best or first
 
     def _trial_now(self, contest: Contest) -> Trial | None:
-        """Return what is measured now: the tier on trial, or a rejected first tier while a compiler works."""
-        if contest.trial is None and contest.beside is not None and is_compiling():
-            return contest.beside
-        return contest.trial
+        """Return what is measured now: the tier on trial, or while a compiler works at most a rejected first tier.
+
+        A trial that has to wait leaves units on the best tier: what is not accepted may take twice as long.
+        """
+        if contest.trial is None:
+            return contest.beside if is_compiling() else None
+        return None if self._is_compiling() else contest.trial
 
     def note_eager(self, path: Path, seconds: float) -> None:
         """Take the time of a unit that ran eagerly and unseen, and began as units of this path do."""
@@ -240,14 +246,16 @@ class Builder:
         tier = path.executable.executable.backend
         state.units[tier] += 1
         trial = self._trial_now(self._contest(path))
-        if trial is not None and trial.tier in state.tiers and state.units[tier] > WARM_UP_UNITS:
+        if trial is not None and trial.tier not in state.tiers:
+            trial.missed += 1
+        elif trial is not None and state.units[tier] > WARM_UP_UNITS:
             self._note(path, tier, seconds)
 
     def _note(self, path: Path, tier: str, seconds: float) -> None:
         contest = self._contest(path)
         trial = self._trial_now(contest)
         is_beside = trial is not None and trial is contest.beside
-        if trial is None or tier not in (trial.tier, trial.against) or is_beside is not self._is_compiling():
+        if trial is None or tier not in (trial.tier, trial.against):
             return
         trial.note(path, tier, seconds)
         verdict = trial.verdict(contest.is_mixed)

@@ -121,6 +121,24 @@ def test_paths_that_begin_alike_are_judged_together(graph_seconds: float, expect
     assert [backend(path) for path in paths] == [expected, expected]
 
 
+def test_units_that_lack_the_tier_on_trial_become_rare():
+    """The likely path has it, and each unit takes the other, on a tier that was dropped."""
+    builder = make_builder()
+    paths = two_paths(builder)
+    builder._states[paths[0]].tiers.clear()
+    on_tier = 0
+    for _ in range(400):
+        builder.choose(paths[1])
+        if paths[1].executable is None:
+            builder.note_eager(paths[1], 0.001)
+        else:
+            on_tier += 1
+            paths[0].executable = paths[1].executable
+            builder.note_graph(paths[0], 0.002)
+    assert builder.is_timing(paths[1])
+    assert 10 < on_tier < 50
+
+
 def test_one_unit_that_took_far_too_long_does_not_decide():
     """Two paths, whose units take 1 ms as graphs and 7 eagerly; Python collects its garbage in one of them, for 130."""
     builder = make_builder()
@@ -295,6 +313,23 @@ def test_nothing_is_judged_just_after_a_compiler_was_at_work(orders: Orders, mon
         builder.choose(path)
         builder.note_graph(path, 100.0)
     assert builder.is_timing(path)
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_units_run_on_what_was_kept_while_a_trial_waits(orders: Orders, monkeypatch: pytest.MonkeyPatch, is_kept: bool):
+    """A program of many paths, whose kernels came one by one, ran at 0.4 of eager's speed for as long as they came."""
+    builder = make_builder(numerics="fused")
+    path = make_path()
+    builder.prepare(path, accelerator=False)
+    try_out(builder, path, 0.001 if is_kept else 0.003, 0.002)
+    builder.poll(path, accelerator=False)
+    orders.future.set_result(None)
+    builder.poll(path, accelerator=False)
+    builder.choose(path)
+    assert backend(path) == "inductor"
+    compiles(monkeypatch, True)
+    builder.choose(path)
+    assert backend(path) == ("replay" if is_kept else None)
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.003, "replay"), (0.007, None)])

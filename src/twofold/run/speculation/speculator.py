@@ -25,6 +25,8 @@ MAX_REFUSALS = 4
 """So many refusals in a row, and conversion is not tried again, unless all that was missing was a graph to go by."""
 FIRST_RETRY: Final = 4
 """Calls until conversion is tried again; four times as many after each further refusal in a row."""
+MOST_AWAITED: Final = 50
+"""Calls that are not judged by their time until the source is converted, which may have to wait for the pace."""
 MAX_PAUSE: Final = 16
 """Calls, at most, that run beside their Python after one went a way which has no graph yet."""
 
@@ -48,6 +50,8 @@ class Speculator:
         self._lacks_graph = False
         """Whether all that the last refusal missed was a graph to go by."""
         self._paths = 0
+        self._awaited = 0
+        """Calls that were not judged by their time, since calls like them were soon to be converted."""
         if options.engine not in ("auto", "speculation"):
             self.cache.stopped = f"engine={options.engine!r}"
 
@@ -105,9 +109,13 @@ class Speculator:
             self._refusals = 0
             self._retry_at = min(self._retry_at, self._account.iterations + FIRST_RETRY)
 
-    def is_due(self, root: PathNode) -> bool:
-        """Whether calls that begin at `root` are to be converted for the first time, as soon as that fits the pace."""
-        return self.is_willing() and self.cache.may_convert and not self._refusals and not self.cache.has_graphs(root)
+    def awaits_conversion(self, root: PathNode) -> bool:
+        """Whether calls like the last one, which began at `root`, are soon to be converted for the first time."""
+        is_due = not self._refusals and self.cache.may_convert and not self.cache.has_graphs(root)
+        if not is_due or self._awaited == MOST_AWAITED:
+            return False
+        self._awaited += 1
+        return True
 
     def _may_convert(self, root: PathNode) -> bool:
         if self.cache.has_raised or self.cache.undone in self._refused_ways:
