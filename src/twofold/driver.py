@@ -146,7 +146,7 @@ class Driver:
         account.eager_iterations += 1
         if self._likely is not None:
             account.eager_calls += self._likely.call_count
-        self.pace.rested(ended - began)
+        self.pace.passed(ended - began)
         account.span("python", "eager", int(began * 1e9), int(ended * 1e9))
 
     def _begin_rest(self, at_most: int = MAX_REST) -> Mode:

@@ -11,11 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import twofold
+
 HIDDEN = 3
 WORDS = 7
 LABELS = 4
 
 Decorate = Callable[[Any], Any]
+
+
+def strict(function: Any) -> Any:
+    """Run batched, or raise."""
+    return twofold.subgraph(function, strict=True)
+
+
+def plain(function: Any) -> Any:
+    """Run as it stands."""
+    return function
 
 
 @dataclass(eq=False)

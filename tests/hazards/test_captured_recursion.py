@@ -12,9 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import twofold
 from benchmarks.programs.tree_lstm import TreeLSTM, recursion
-from tests.equivalence.recursive_programs import HIDDEN, LABELS, PROGRAMS, WORDS, Decorate, Recursion, Tree
+from tests.equivalence.recursive_programs import (
+    HIDDEN,
+    LABELS,
+    PROGRAMS,
+    WORDS,
+    Decorate,
+    Recursion,
+    Tree,
+    plain,
+    strict,
+)
 from twofold.backends.cuda_graph import CaptureFailed
 from twofold.run.recursion import captured, captures, rooms, schedule
 from twofold.run.recursion.schedule import Named, Use
@@ -55,14 +64,6 @@ def capturing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(captures, "recording_on", lambda device: repeating)
     monkeypatch.setattr(captures, "PATIENCE", 1)
-
-
-def strict(function: Any) -> Any:
-    return twofold.subgraph(function, strict=True)
-
-
-def plain(function: Any) -> Any:
-    return function
 
 
 def random_tree(numbers: random.Random, depth: int = 4) -> Tree:

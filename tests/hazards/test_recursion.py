@@ -17,17 +17,11 @@ from tests.equivalence.recursive_programs import (
     binary_tree_lstm,
     child_sum,
     memoised,
+    plain,
+    strict,
 )
 from tests.hazards.programs import runs_as_graph, same, summary, training
 from twofold.run.recursion import Deferred
-
-
-def strict(function: Any) -> Any:
-    return twofold.subgraph(function, strict=True)
-
-
-def plain(function: Any) -> Any:
-    return function
 
 
 def balanced(depth: int, word: int = 0) -> Tree:

@@ -12,18 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import twofold
-from tests.equivalence.recursive_programs import HIDDEN, WORDS, Decorate, Tree
+from tests.equivalence.recursive_programs import HIDDEN, WORDS, Decorate, Tree, plain, strict
 
 Body = Callable[[Any, Tensor], Tensor]
-
-
-def strict(function: Any) -> Any:
-    return twofold.subgraph(function, strict=True)
-
-
-def plain(function: Any) -> Any:
-    return function
 
 
 def balanced(depth: int, word: int = 0) -> Tree:

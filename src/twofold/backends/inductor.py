@@ -159,13 +159,8 @@ def _tune(artifact: Callable[..., Any], graph: Graph) -> None:
 
 
 def _empty_like(value: Value) -> torch.Tensor:
-    """Return a tensor like a value, without contents; a fake one under `FakeTensorMode`."""
-    spec = value.spec
-    assert spec is not None
-    shape = [size for size in spec.shape if size is not None]
-    if spec.stride is None:
-        return torch.empty(shape, dtype=spec.dtype, device=spec.device)
-    return torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=spec.device)
+    assert value.spec is not None
+    return value.spec.empty()
 
 
 def vectors_work() -> bool | None:

@@ -15,12 +15,7 @@ _forbid_reads = getattr(torch._C, "_set_storage_data_ptr_access_error_msg", None
 
 def make_placeholder(made: Made, known: Placeholders) -> torch.Tensor:
     """Return a new placeholder for a result described by `made`, entered into `known`."""
-    spec = made.spec
-    shape = [size for size in spec.shape if size is not None]
-    if spec.stride is None:
-        tensor = torch.empty(shape, dtype=spec.dtype, device=spec.device)
-    else:
-        tensor = torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=spec.device)
+    tensor = made.spec.empty()
     storage = tensor.untyped_storage()
     storage.resize_(0)
     if _forbid_reads is not None:

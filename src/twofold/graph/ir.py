@@ -95,6 +95,16 @@ class TensorSpec:
         """Describe the memory of a strided tensor, which requires no gradient."""
         return cls(tuple(tensor.shape), tensor.dtype, tensor.device, False, tensor.stride())
 
+    def empty(self) -> torch.Tensor:
+        """Return a tensor laid out so, without contents or history; a fake one under `FakeTensorMode`.
+
+        Its sizes must be known.
+        """
+        shape = [size for size in self.shape if size is not None]
+        if self.stride is None:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return torch.empty_strided(shape, self.stride, dtype=self.dtype, device=self.device)
+
     def agrees_with(self, other: TensorSpec) -> bool:
         """Say whether one value may have both specs: same dtype, device and rank, no sizes that differ.
 

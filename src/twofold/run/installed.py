@@ -208,12 +208,8 @@ def example_environment(program: Program) -> dict[Value, Any]:
     """Return what a capture reads: statics, and zeros of the right spec for all else that a unit is given."""
     given: dict[Value, Any] = {value: tensor.detach() for value, tensor in program.statics.items()}
     for value in program.feeds:
-        spec = value.spec
-        assert spec is not None
-        shape = [size for size in spec.shape if size is not None]
-        given[value] = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
-        if spec.stride is not None:
-            given[value] = torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=spec.device).zero_()
+        assert value.spec is not None
+        given[value] = value.spec.empty().zero_()
     given.update((value, setting.read()) for value, setting in program.settings.items())
     for plan in program.gradients:
         if plan.entry is not None:

@@ -129,13 +129,10 @@ class Pace:
             return
         self._eager.append(seconds)
         self._unit = statistics.median_low(self._eager)
-        self._pass(seconds)
+        self.passed(seconds)
 
-    def rested(self, seconds: float) -> None:
+    def passed(self, seconds: float) -> None:
         """Take the time of a unit that ran eagerly where nothing is to be learned of it."""
-        self._pass(seconds)
-
-    def _pass(self, seconds: float) -> None:
         self._eager_seconds += min(seconds, LONG * self._unit)
 
     def recorded(self, seconds: float, is_whole: bool, goes_on: bool) -> None:
@@ -160,5 +157,5 @@ class Pace:
         came to 26 s in a run of the demo's script, whose kernels were then ordered 40 s late.
         """
         if self._eager:
-            self._pass(max(seconds, self._unit))
+            self.passed(max(seconds, self._unit))
             self._saved_seconds += max(0.0, self._unit - seconds)

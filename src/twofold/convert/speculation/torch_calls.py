@@ -307,12 +307,8 @@ class TorchCalls(Draws):
             path, slot = self.walk.path, item.slot
             if path is not None and slot is not None:
                 spec = path.made_in(slot).spec
-            shape = [size for size in spec.shape if size is not None]
             seen = None if path is None or slot is None else path.trace.samples.get(slot)
-            sample = torch.empty(shape, dtype=spec.dtype, device=spec.device)
-            if spec.stride is not None:
-                sample = torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=spec.device)
-            sample.fill_(0 if seen is None else seen)
+            sample = spec.empty().fill_(0 if seen is None else seen)
             return sample.requires_grad_(spec.requires_grad)
 
     def _wrap_late(self, result: Any, value: Any) -> Item:
