@@ -57,7 +57,6 @@ def root_of(value: Value, views: dict[Value, Node]) -> Value:
     return value
 
 
-_WRITES_IN_PLACE = {torch.Tag.inplace, torch.Tag.pointwise}
 MAX_UNDONE_BYTES = 64 * 1024
 """The largest memory that a segment launched ahead of Python may write to: it is copied before, to be put back."""
 
@@ -233,7 +232,9 @@ def before_last_updates(nodes: Sequence[Node]) -> tuple[Node, ...]:
 
 def _allocates_nothing(node: Node) -> bool:
     """Whether an operation changes the elements of a tensor in place, and no operand has to be converted for that."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not _WRITES_IN_PLACE.issubset(node.target.tags):
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.pointwise not in node.target.tags:
+        return False
+    if writes_of(node) != node.operands[:1]:  # `Tag.inplace`, which PyTorch 2.11 does not have
         return False
     specs = [operand.spec for operand in node.operands if operand.spec is not None]  # numbers have none
     return len({(spec.dtype, spec.shape, spec.device) for spec in specs}) == 1
