@@ -114,6 +114,17 @@ class TraceWriter:
             return False
         return cdata in self._storages
 
+    def parameter_in(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return a parameter of this dtype that the unit was given and that lies in a storage.
+
+        What else lies in it is where it is as long as the parameter is; of a tensor given anew nobody could say that.
+        """
+        for tensor in self.trace.externals:
+            is_parameter = isinstance(tensor, torch.nn.Parameter) and tensor.dtype is dtype
+            if is_parameter and tensor.untyped_storage()._cdata == storage._cdata:
+                return tensor
+        return None
+
     def is_written(self, tensor: torch.Tensor) -> bool:
         """Whether the unit has written to this storage."""
         return tensor.untyped_storage()._cdata in self._written
@@ -234,7 +245,8 @@ class TraceWriter:
     def _remade(self) -> tuple[tuple[int, Made], ...]:
         """Return the slots that autograd sees otherwise since the last event."""
         remade: list[tuple[int, Made]] = []
-        for identity in [one for storage in self._touched for one in self._shown.get(storage, ())]:
+        shown = [identity for storage in self._touched for identity in self._shown.get(storage, ())]
+        for identity in filter(self._alive.__contains__, shown):  # the others were forgotten
             tensor = self._alive[identity]()
             if tensor is None or (now := _end_of_history(tensor)) == self._histories[identity]:
                 continue

@@ -9,6 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tests.unit.capture.recording import Linear, record
 from twofold.capture.intercept import unheard
 from twofold.capture.trace import External, Slot
+from twofold.capture.trace_writer import TraceWriter
+from twofold.graph import Ambient
 
 
 def test_references_gradients_and_escapes():
@@ -55,6 +57,21 @@ def test_running_statistics_count_as_written():
     storages = trace.written_storages()
     assert norm.running_mean.untyped_storage()._cdata in storages
     assert norm.running_var.untyped_storage()._cdata in storages
+
+
+def test_what_was_written_to_by_no_event_of_the_unit_is_forgotten():
+    """As a counter on the CPU is in a program of an accelerator: it is written to beside the unit."""
+    writer, counter = TraceWriter(), torch.zeros(3)
+    arguments = writer.templates((counter,), {})[0]
+    writer.add_operation(torch.ops.aten.add_.Scalar, (counter, 1), {}, [counter], [counter])
+    writer.forget_externals(0)
+    writer.take_operations()
+    assert arguments == (External(0),)
+    result = torch.ones(2)
+    writer.number(result)
+    writer.append("call", torch.ones, ((2,), {}), result, Ambient(), None, ())
+    (event,) = writer.trace.events
+    assert event.remade == ()
 
 
 def test_histories_of_what_escapes():
