@@ -158,8 +158,8 @@ def test_gradients_flow_through_the_same_results_as_in_plain_python() -> None:
         for _ in range(3):
             scores: list[Tensor] = []
             results = [fold(tree(depth), scores) for depth in (0, 2, 3)]
-            seen += [[h.requires_grad, score.requires_grad, score.numpy().copy()] for h, score in results]
-            seen += [[score.requires_grad, score.numpy().copy()] for score in scores]
+            seen += [[h.requires_grad, score.requires_grad, score.cpu().numpy().copy()] for h, score in results]
+            seen += [[score.requires_grad, score.cpu().numpy().copy()] for score in scores]
             sum(h.sum() for h, _ in results).backward()
         found.append([*seen, linear.weight.grad])
     torch.testing.assert_close(*found)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import twofold
+from tests.differential import exact_backend
 from tests.hazards.programs import Parts, same, sgd, training
 from twofold.capture.trace_graph import Path
 from twofold.convert.from_traces import OptimizerPlan
@@ -361,7 +362,7 @@ def test_tiers_of_what_does_not_convert_are_judged_beside_its_python() -> None:
         step(*program.batches(number))
     report = twofold.report(step).to_dict()
     assert report["refusals"]
-    assert any("replay: " in decision["text"] for decision in report["decisions"])
+    assert any(f"{exact_backend()}: " in decision["text"] for decision in report["decisions"])
 
 
 def yield_loss(parts: Parts, x: torch.Tensor, y: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -80,6 +80,7 @@ def test_a_path_of_many_feeds_is_added_in_one_pass_over_its_operations(monkeypat
     assert passes <= 3 * 4
 
 
+@pytest.mark.cpu
 def test_a_feed_is_not_taken_for_memory_that_was_written_to_and_is_gone() -> None:
     """A feed that lay where a gradient had lain before made a unit leave its graph each time: 0.11 of eager's speed."""
     parameter = torch.ones(3, requires_grad=True)

@@ -1,6 +1,6 @@
 """What PyTorch does beneath one call of the program: shapes changed in place, kernels chosen by who listens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,37 @@ def test_batches_come_first(cell: Any, mode: Mode) -> None:
         return lambda number, x, y: parts.train(x, y)
 
     runs_as_graph(training(make, model=lambda: Sequence(cell)), 10, mode)
+
+
+@pytest.fixture
+def look_at_all() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """An operation that looks at all of a tensor's storage, as cuDNN's recurrent layers look at all their weights."""
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty(0, device=x.device).set_(x.untyped_storage()) * 1.0
+
+    library = torch.library.Library("twofold_tests", "FRAGMENT")
+    library.define("look_at_all(Tensor x) -> Tensor")
+    library.impl("look_at_all", look, "CompositeImplicitAutograd")
+    yield torch.ops.twofold_tests.look_at_all
+    library._destroy()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_of_a_storage_is_looked_at(mode: Mode, look_at_all: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """What parameters lie in is looked at in a graph, also when they have been moved; anything else may be larger."""
+
+    def move(number: int, parts: Parts) -> None:
+        if number in (6, 9):
+            bias, weight = parts.model[0].bias, parts.model[0].weight
+            flat = torch.cat([torch.full((number,), 9.0), bias.detach(), weight.detach().flatten()])
+            bias.data, weight.data = flat[number : number + len(bias)], flat[number + len(bias) :].view_as(weight)
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        return lambda number, x, y: (look_at_all(parts.model[0].weight), parts.train(x, y))
+
+    runs_as_graph(training(make, between=move), 12, mode)
+    stays_eager(training(lambda _: lambda number, x, y: look_at_all(x[1:])), "unsupported_call", 10, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -206,13 +206,29 @@ class Recorder:
         if any(map(operator.ne, map(memory_key, before), map(memory_key, given))):
             if self._reads_values:
                 return result
-            if target not in SHOWN_ANEW or self._writer.is_referred_to(given[0]):
+            view = None if self._writer.is_referred_to(given[0]) else self._view_made(target, arguments, before)
+            if view is None:
                 self.refuse("unsupported_call", f"{target} changes the shape of a tensor in place")
                 return result
             # Only what PyTorch does inside of one of its calls comes here: Python never sees the tensor as it was.
-            target, arguments, given = SHOWN_ANEW[target], (before[0], *arguments[1:]), before
+            target, arguments = view
+            given = [arguments[0]]
         self._writer.add_operation(target, arguments, keywords, given, made)
         return result
+
+    def _view_made(
+        self, target: Any, arguments: tuple[Any, ...], before: list[torch.Tensor]
+    ) -> tuple[Any, tuple[Any, ...]] | None:
+        """Return the operation that makes the view which one in place has made of its operand; None if none does."""
+        if target in SHOWN_ANEW:
+            return SHOWN_ANEW[target], (before[0], *arguments[1:])
+        if target is not torch.ops.aten.set_.source_Storage:  # cuDNN's recurrent layers so look at all weights at once
+            return None
+        changed = arguments[0]
+        owner = self._writer.parameter_in(arguments[1], changed.dtype)
+        if owner is None:
+            return None
+        return torch.ops.aten.as_strided.default, (owner, changed.shape, changed.stride(), changed.storage_offset())
 
     def _memory_before(self, target: Any, given: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return what shows the memory of tensors as they do now, if an operation on them may change how they do."""
