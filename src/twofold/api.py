@@ -97,6 +97,7 @@ class Function(Generic[P, R]):
         if mode is Mode.IDLE:
             return self._run_idle(*arguments, **keywords)
         driver.between_units = self._after_step
+        driver.runner.is_given((arguments, keywords))
         driver.interception.start()
         try:
             result = self._wrapped(*arguments, **keywords)
@@ -116,6 +117,7 @@ class Function(Generic[P, R]):
             raise
         finally:
             driver.interception.stop()
+            driver.runner.is_given(())
             self._steps_per_call = max(self._steps_per_call or 0, self._steps_in_call)
 
     def _run_idle(self, *arguments: P.args, **keywords: P.kwargs) -> R:

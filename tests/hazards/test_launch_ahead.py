@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from tests.differential import assert_same, function
-from tests.hazards.programs import Parts, training
+from tests.hazards.programs import BATCH, BATCHES, Parts, training
 from twofold.convert import from_traces
-from twofold.run import installed
+from twofold.run import graph_runner, installed
 from twofold.run.followed_unit import TRUSTED_AFTER
 from twofold.run.graph_runner import GraphRunner
 
@@ -40,6 +40,8 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(from_traces._Builder, "_is_on_accelerator", lambda _: True)
     monkeypatch.setattr(installed, "_is_small_and_remote", lambda _: True)
     monkeypatch.setattr(installed, "_host_memory", lambda value: torch.empty(value.spec.shape, dtype=value.spec.dtype))
+    for module in (from_traces, graph_runner):
+        monkeypatch.setattr(module, "is_read_in_order", lambda _: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(GraphRunner, "launch_ahead", launch_ahead)
     return launched
@@ -130,3 +132,74 @@ def test_the_harness_sees_a_discard_that_forgets_what_was_launched_ahead(
     monkeypatch.setattr(GraphRunner, "_save", lambda *_: None)
     with pytest.raises(AssertionError):
         assert_same(training(make(change_a_parameter), model=net), 2 * STEPS, EXACT)
+
+
+def wide_net() -> nn.Module:
+    """Its parameters are too much to be copied: what writes to them is not launched ahead."""
+    return nn.Sequential(nn.Linear(4, 8192), nn.Dropout(0.3), nn.Linear(8192, 3))
+
+
+def slowly(model: nn.Module) -> torch.optim.Optimizer:
+    """What is not a number would hide every difference."""
+    return torch.optim.SGD(model.parameters(), lr=1e-4)
+
+
+def make_targets(choose: Callable[[Parts, int, torch.Tensor], torch.Tensor]) -> Callable[[Parts], Callable[..., Any]]:
+    """A step that uses its last argument, or what `choose` makes of it, only after it has read a number."""
+
+    def make_step(parts: Parts) -> Callable[..., Any]:
+        norms = parts.seen.setdefault("norms", [])
+        parts.seen["others"] = [torch.randn(BATCH, 3) for _ in range(BATCHES)]
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            parts.optimizer.zero_grad()
+            hidden = parts.model[0](x)
+            norms.append(float(hidden.detach().norm()))
+            loss = (parts.model[1:](hidden) - choose(parts, number, y)).square().mean()
+            loss.backward()
+            parts.optimizer.step()
+            return loss.detach()
+
+        return step
+
+    return make_step
+
+
+def keep(parts: Parts, number: int, y: torch.Tensor) -> torch.Tensor:
+    return y
+
+
+def replace(parts: Parts, number: int, y: torch.Tensor) -> torch.Tensor:
+    return parts.seen["others"][number % BATCHES] if number % 8 == 7 else y
+
+
+def change(parts: Parts, number: int, y: torch.Tensor) -> torch.Tensor:
+    return y.add_(1.0) if number % 8 == 7 else y
+
+
+def change_beside(parts: Parts, number: int, y: torch.Tensor) -> torch.Tensor:
+    if number % 8 == 7:
+        y[0].zero_()
+    return y
+
+
+def test_arguments_of_the_call_are_foretold(ahead: list[int]) -> None:
+    report = assert_same(training(make_targets(keep), model=wide_net, optimizer=slowly), STEPS, EXACT)
+    assert report["graph_iterations"] >= STEPS - 5
+    assert ahead == [1] * len(ahead)
+    assert report["segments"] == 3  # before the number, what goes ahead, the update
+
+
+@pytest.mark.parametrize("choose", [replace, change, change_beside])
+def test_an_argument_is_not_what_the_unit_uses(
+    choose: Callable[[Parts, int, torch.Tensor], torch.Tensor], ahead: list[int]
+) -> None:
+    report = assert_same(training(make_targets(choose), model=wide_net, optimizer=slowly), 3 * STEPS, EXACT)
+    assert report["discards"]
+    assert ahead
+
+
+def test_the_harness_sees_a_unit_that_is_misled(ahead: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphRunner, "is_misled", False)
+    with pytest.raises(AssertionError):
+        assert_same(training(make_targets(replace), model=wide_net, optimizer=slowly), 3 * STEPS, EXACT)

@@ -198,6 +198,8 @@ class Trace:
     external_numbers: list[int] = field(default_factory=list)
     fed_numbers: set[int] = field(default_factory=set[int])
     """Externals that stand for Python numbers; see `number_feeds`."""
+    arguments: dict[int, int] = field(default_factory=dict[int, int])
+    """Externals that are tensors which the call was given, each with its place among these."""
     slot_numbers: list[int] = field(default_factory=list)
     specs: list[TensorSpec] = field(default_factory=list)
     """The spec of each value number."""

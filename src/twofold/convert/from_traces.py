@@ -41,7 +41,7 @@ from .accumulation import accumulate_in_place
 from .histories import BackwardPlan, HistoryPlan, residuals_of
 from .optimizers import Setting, hyper_parameters, lower_step, replays_exactly
 from .products import merge_products
-from .segments import Segment, cut, root_of, view_nodes
+from .segments import Segment, cut, is_read_in_order, root_of, view_nodes
 from .set_numbers import number_on_device
 from .split_parts import settle_split_parts
 
@@ -145,6 +145,8 @@ class Program:
     statics: dict[Value, torch.Tensor]
     feeds: dict[Value, int]
     """The external index of each feed."""
+    foretold: dict[int, int]
+    """The feeds, by external, that were arguments of the call: their places among its tensors."""
     settings: dict[Value, Setting]
     gradients: tuple[GradientPlan, ...]
     drops_gradients_by: int
@@ -237,6 +239,7 @@ class _Builder:
             segments=cuts.segments,
             statics=self.statics,
             feeds=self.feeds,
+            foretold={index: self.trace.arguments[index] for index in self.feeds.values() if self._is_foretold(index)},
             settings=self.settings,
             gradients=gradients,
             drops_gradients_by=max((i for i, event in enumerate(trace.events) if _drops(event)), default=-1),
@@ -491,9 +494,13 @@ class _Builder:
         return any(spec.device.type == "cuda" for spec in self.trace.specs)
 
     def _late_feeds(self) -> list[set[Value]]:
-        """Return, for each fetch, the feeds that Python first uses after it."""
+        """Return, for each fetch, the feeds that Python first uses after it, and that no argument foretells."""
         uses = {n.first_external + i: n.depth for n in self.path.nodes for i in range(len(n.roles))}
-        return [{value for value, index in self.feeds.items() if uses[index] > event} for event in self.fetches]
+        feeds = [(value, uses[index]) for value, index in self.feeds.items() if not self._is_foretold(index)]
+        return [{value for value, used in feeds if used > event} for event in self.fetches]
+
+    def _is_foretold(self, index: int) -> bool:
+        return index in self.trace.arguments and is_read_in_order(self.trace.externals[index])
 
     def _used_finals(self, finals: Sequence[Value]) -> Sequence[Value]:
         return [

@@ -57,6 +57,11 @@ def root_of(value: Value, views: dict[Value, Node]) -> Value:
     return value
 
 
+def is_read_in_order(tensor: torch.Tensor) -> bool:
+    """Whether what is launched now reads a tensor before any later write of Python's: the stream orders them."""
+    return tensor.is_cuda
+
+
 MAX_UNDONE_BYTES = 64 * 1024
 """The largest memory that a segment launched ahead of Python may write to: it is copied before, to be put back."""
 

@@ -48,6 +48,8 @@ class FollowedUnit:
         """The placeholders of the calls walked so far."""
         self.feeds: dict[int, Any] = {}
         """Tensors bound by the checks of calls, and numbers that are fed as tensors, by external."""
+        self.arguments: Any = ()
+        """What the call was given in which the unit runs, if one call is all that is heard."""
         self._remade: dict[int, Made] = {}
         """What autograd sees otherwise than when it was made, by `id` of the placeholder."""
         self._graph = graph
@@ -176,7 +178,7 @@ class FollowedUnit:
 
         Raises `CannotFollow`, for `lack`, if it has no graph that fits.
         """
-        if self._run is None or self._path is not path:
+        if self._run is None or self._path is not path or self._run.is_misled:
             self._begin_run(path, lack)
         assert self._run is not None
         self._run.walked = node.depth
@@ -196,7 +198,16 @@ class FollowedUnit:
         if installed is None or path.stale or not installed.placement.is_kept():
             path.stale = True
             raise CannotFollow("new_path", lack)
-        self._run, self._path = GraphRunner(installed, self._copied, self.feeds), path
+        self._run, self._path = GraphRunner(installed, self._copied, self.feeds, self._foretold(path)), path
+
+    def _foretold(self, path: Path) -> dict[int, torch.Tensor]:
+        """Return the arguments of the call that the path was given as feeds, and may be given again."""
+        if not path.program.foretold:
+            return {}
+        arguments: list[torch.Tensor] = leaves(self.arguments, _TENSOR)
+        places = {index: place for index, place in path.program.foretold.items() if place < len(arguments)}
+        roles = {index: path.nodes[-1].role_of(index)[0] for index in places}
+        return {index: arguments[p] for index, p in places.items() if roles[index].accepts(arguments[p])}
 
     def _launch(self, path: Path, launch: Callable[[], None]) -> None:
         """Launch segments. If one fails, the unit becomes an eager one, which raises what eager execution would."""

@@ -18,7 +18,7 @@ import torch
 
 from twofold.backends.executable import Environment
 from twofold.convert.from_traces import OptimizerPlan
-from twofold.convert.segments import root_of
+from twofold.convert.segments import is_read_in_order, root_of
 from twofold.graph import Node, Value, run_node
 
 from .installed import Installed
@@ -59,8 +59,17 @@ def _generator() -> torch.Generator:
 class GraphRunner:
     """One unit of one path. Mutable; not used after `commit_gradients` or `discard`."""
 
-    def __init__(self, installed: Installed, feeds: dict[int, torch.Tensor], given: dict[int, torch.Tensor]) -> None:
-        """Start with nothing launched. `feeds` grows while Python walks; `given` are the program's own objects."""
+    def __init__(
+        self,
+        installed: Installed,
+        feeds: dict[int, torch.Tensor],
+        given: dict[int, torch.Tensor],
+        foretold: dict[int, torch.Tensor],
+    ) -> None:
+        """Start with nothing launched.
+
+        `feeds` grows while Python walks; `given` are the program's own objects; `foretold` is what is expected there.
+        """
         self.installed = installed
         self.program = installed.program
         self.environment: Environment = dict(installed.statics)
@@ -71,6 +80,9 @@ class GraphRunner:
         """The last event that is known to be one of the unit's, so that what it drops is dropped."""
         self._feeds = feeds
         self._given = given
+        self._foretold = foretold
+        self._relied_on: dict[int, torch.Tensor] = {}
+        """What was read as a feed before Python gave it."""
         self._copies: Environment = {}
         """Of memory that the next launch uses again: what the program is handed."""
         self._saved: dict[Value, torch.Tensor] = {}
@@ -95,7 +107,7 @@ class GraphRunner:
     def _launch_next(self) -> None:
         installed, environment, feeds, index = self.installed, self.environment, self._feeds, self.launched
         if installed.entries:
-            installed.check_gradients(environment, feeds.values())
+            installed.check_gradients(environment, (*feeds.values(), *self._foretold.values()))
         if index == 0 and installed.lent is not None:
             installed.lent.take_back(self.walked >= self.program.drops_gradients_by)
         is_kept = index == installed.last and not self._saved and not self.saves_last
@@ -105,6 +117,8 @@ class GraphRunner:
         for value, number in self.program.feeds.items():
             if number in feeds:
                 environment[value] = feeds[number]
+            elif number in self._foretold:
+                environment[value] = self._relied_on[number] = self._foretold[number]
         for value, setting in installed.settings[index]:
             environment[value] = setting.read()  # now: the program may set them by what it fetched
         self.launched += 1
@@ -137,7 +151,13 @@ class GraphRunner:
 
     def _has_inputs(self, index: int) -> bool:
         feeds = self.program.feeds
-        return all(v not in feeds or feeds[v] in self._feeds for v in self.program.segments[index].inputs)
+        known = self._feeds.keys() | self._foretold.keys()
+        return all(v not in feeds or feeds[v] in known for v in self.program.segments[index].inputs)
+
+    @property
+    def is_misled(self) -> bool:
+        """Whether Python has given another tensor than the one that was read in its place."""
+        return any(self._given.get(index, tensor) is not tensor for index, tensor in self._relied_on.items())
 
     def _copy_to_host(self, position: int) -> None:
         value, host = self.installed.host_copies[position]
@@ -279,9 +299,9 @@ def _saved_step(plan: OptimizerPlan) -> Callable[[], None]:
 def feed_copy(tensor: torch.Tensor) -> torch.Tensor:
     """Return what a feed holds now, laid out as it is, safe from later changes by Python.
 
-    On CUDA the stream orders reads and writes; on the CPU, NumPy may write to the same memory unseen.
+    On the CPU, NumPy may write to the same memory unseen.
     """
-    if tensor.is_cuda:
+    if is_read_in_order(tensor):
         return tensor
     given = tensor.detach()
     copy, stride = given.clone(), given.stride()

@@ -25,7 +25,7 @@ def install(step: Callable[[torch.Tensor], Any], given: list[torch.Tensor], exac
 
 def start(installed: Installed, batch: torch.Tensor) -> GraphRunner:
     (index,) = installed.program.feeds.values()
-    return GraphRunner(installed, {index: batch}, {index: batch})
+    return GraphRunner(installed, {index: batch}, {index: batch}, {})
 
 
 def launch(runner: GraphRunner, count: int) -> None:
@@ -161,7 +161,7 @@ def test_views_that_no_segment_hands_out_are_made_again():
 
 def test_a_view_of_a_feed_is_a_view_of_the_programs_own_tensor():
     installed = install(lambda x: (x[:2], x + 1)[0], BATCHES[:2])
-    runner = GraphRunner(installed, {0: BATCHES[2].clone()}, {0: BATCHES[2]})
+    runner = GraphRunner(installed, {0: BATCHES[2].clone()}, {0: BATCHES[2]}, {})
     launch(runner, 1)
     (escaped,) = installed.program.escapes.values()
     view = runner.owned_value(escaped)

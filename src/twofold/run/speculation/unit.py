@@ -93,7 +93,7 @@ class TensorWork:
         for plan in self._optimizers:
             if not plan.still_holds() or has_step_hooks(plan.optimizer):
                 raise CannotSpeculate(f"{type(plan.optimizer).__name__} is set otherwise")
-        return GraphRunner(installed, feeds, given)
+        return GraphRunner(installed, feeds, given, {})
 
 
 def _seen_with_history(scheduled: Graph) -> set[Any]:

@@ -58,7 +58,7 @@ class Run:
         self.copied: dict[int, torch.Tensor] = {}
         installed = Installed(self.program, ReplayExecutable(self.program))
         assert installed.placement.is_kept()
-        self.run = GraphRunner(installed, self.copied, self.feeds)
+        self.run = GraphRunner(installed, self.copied, self.feeds, {})
         self.answers: dict[int, Any] = {}
         self.tensors: dict[int, torch.Tensor] = {}
         self.stepped: set[int] = set()
