@@ -109,7 +109,7 @@ PROPERTY_NAMES: Final[dict[Any, str]] = {
 REQUIRES_GRAD: Final[frozenset[Any]] = frozenset(
     {torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_}  # type: ignore[attr-defined]
 )
-"""The setters that can be recorded on what the unit made itself."""
+"""The setters that can be recorded."""
 
 
 def display_name(function: Any) -> str:

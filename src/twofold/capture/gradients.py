@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from .trace import Gradient, Presence
+from .trace import External, Gradient, Leaf, Presence
 
 DROPS = frozenset({torch.Tensor.grad.__set__, torch.Tensor.grad.__delete__})  # type: ignore[attr-defined]
 """Functions that put something else, or nothing, in the place of the gradient of their first argument."""
@@ -34,18 +34,29 @@ def presence_holds(leaves: tuple[torch.Tensor, ...], present: tuple[bool, ...]) 
     return tuple(map(operator.is_not, map(_grad, leaves), itertools.repeat(None))) == present
 
 
+def has_hooks(leaf: torch.Tensor) -> bool:
+    """Whether Python runs where a gradient of a leaf is made."""
+    return bool(leaf._backward_hooks or getattr(leaf, "_post_accumulate_grad_hooks", None))
+
+
 class EntryGradients:
     """The gradients that leaves have before a unit that is recorded. Mutable; `plans` ends its life."""
 
-    def __init__(self, refuse: Callable[[str, str], None], frozen: dict[int, torch.Tensor]) -> None:
-        """Start with no leaf known. `frozen` gets those that require no gradient when they are first used."""
+    def __init__(
+        self,
+        refuse: Callable[[str, str], None],
+        lasting: dict[int, tuple[torch.Tensor, bool]],
+        external: Callable[[torch.Tensor], int | None],
+    ) -> None:
+        """Start with no leaf known. `lasting`: see `Trace`. `external` gives the index of what the unit was given."""
         self._refuse = refuse
-        self._frozen = frozen
+        self._lasting = lasting
+        self._external = external
         self._leaves: dict[int, torch.Tensor] = {}
         self._before: dict[int, torch.Tensor | None] = {}
         self._looked_at: dict[int, bool] = {}
         """Leaves whose gradient the unit has looked at, or replaced before anything did (False)."""
-        self._first_looks: list[tuple[torch.Tensor, bool]] = []
+        self._first_looks: list[tuple[Leaf, bool]] = []
 
     def note(self, tensors: Iterable[torch.Tensor], are_owned: bool = False) -> None:
         """Take note of the gradients that leaves have before a call uses them for the first time.
@@ -54,18 +65,15 @@ class EntryGradients:
         """
         for tensor in tensors:
             identity = id(tensor)
-            if identity in self._leaves and identity not in self._frozen:
-                continue
-            if not tensor.is_leaf or not (tensor.requires_grad or are_owned or isinstance(tensor, torch.nn.Parameter)):
+            is_lasting = are_owned or isinstance(tensor, torch.nn.Parameter)
+            if not tensor.is_leaf or not (tensor.requires_grad or is_lasting):
                 continue
             if identity not in self._leaves:
                 self._leaves[identity] = tensor
                 self._before[identity] = tensor.grad
-                if not tensor.requires_grad:
-                    self._frozen[identity] = tensor
-            if tensor.requires_grad and (
-                tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
-            ):
+            if is_lasting:
+                self._lasting.setdefault(identity, (tensor, tensor.requires_grad))
+            if tensor.requires_grad and has_hooks(tensor):
                 self._refuse("tensor_hook", "a parameter has a gradient hook")
 
     def is_of_unit(self, tensor: torch.Tensor) -> bool:
@@ -78,7 +86,7 @@ class EntryGradients:
             identity = id(tensor)
             if identity in self._leaves and identity not in self._looked_at:
                 self._looked_at[identity] = True
-                self._first_looks.append((tensor, self._before[identity] is not None))
+                self._first_looks.append((self._name(tensor), self._before[identity] is not None))
 
     def drop(self, tensors: Iterable[torch.Tensor]) -> None:
         """Take note that gradients were replaced by what does not depend on them."""
@@ -91,39 +99,33 @@ class EntryGradients:
         presence, self._first_looks = tuple(self._first_looks), []
         return presence
 
+    def _name(self, tensor: torch.Tensor) -> Leaf:
+        index = None if isinstance(tensor, torch.nn.Parameter) else self._external(tensor)
+        return tensor if index is None else External(index)
+
     def object_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return a tensor if it was the gradient of a leaf before the unit."""
         return next((gradient for gradient in self._before.values() if gradient is tensor), None)
 
-    def plans(
-        self, number: Callable[[torch.Tensor | None], int | None], external: Callable[[torch.Tensor], int | None]
-    ) -> list[Gradient]:
-        """Return what became of all gradients.
-
-        `number` gives value numbers, -1 for memory that the unit never saw; `external` the index of what it was given.
-        """
+    def plans(self, number: Callable[[torch.Tensor | None], int | None]) -> list[Gradient]:
+        """Return what became of all gradients. `number` gives value numbers, -1 for memory that the unit never saw."""
         if self._first_looks:
             self._refuse("unsupported_call", "a gradient is looked at by what is no event of the unit")
-        return [self._plan(leaf, number, external) for leaf in self._leaves.values()]
+        return [self._plan(leaf, number) for leaf in self._leaves.values()]
 
-    def _plan(
-        self,
-        leaf: torch.Tensor,
-        number: Callable[[torch.Tensor | None], int | None],
-        external: Callable[[torch.Tensor], int | None],
-    ) -> Gradient:
-        before, gradient = self._before[id(leaf)], leaf.grad
+    def _plan(self, leaf: torch.Tensor, number: Callable[[torch.Tensor | None], int | None]) -> Gradient:
+        before, gradient, name = self._before[id(leaf)], leaf.grad, self._name(leaf)
         was_looked_at = self._looked_at.get(id(leaf))
         if was_looked_at is None:
             if gradient is not before:
                 self._refuse("unsupported_call", "a gradient changed although nothing was seen to change it")
-            return Gradient(leaf, None, None, keeps=True)
+            return Gradient(name, None, None, keeps=True)
         exits = number(gradient)
         if exits == -1 and not (was_looked_at and gradient is before):
             self._refuse("unsupported_call", "a gradient came from outside the unit")
-        given = None if gradient is None else external(gradient)
+        given = None if gradient is None else self._external(gradient)
         if not was_looked_at:
-            return Gradient(leaf, None, exits, False, given)
+            return Gradient(name, None, exits, False, given)
         entry = number(before)
         # No gradient at both ends is none that is kept: an optimizer that steps outside of the graph is given one.
-        return Gradient(leaf, entry, exits, exits is not None and exits == entry, given)
+        return Gradient(name, entry, exits, exits is not None and exits == entry, given)

@@ -7,7 +7,7 @@ compared by identity, all else by value; a tensor that a unit is given anew each
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from twofold.graph import TensorSpec, current_ambient
 
 from .functions import is_plain
-from .gradients import presence_holds
+from .gradients import has_hooks, presence_holds
 from .number_feeds import fits
 from .trace import Event, External, Made, Slot, leaves
 
@@ -35,11 +35,24 @@ class Role:
     spec: TensorSpec
     is_leaf: bool
     is_inference: bool
-    is_parameter: bool
+    is_lasting: bool
+    """Whether it is a parameter, or an optimizer owns it: never fed."""
     is_number: bool
     written: Collection[int]
     """Storages that units write to, shared by all roles of a TraceGraph: a feed must not alias one."""
     placeholders: Placeholders
+
+    @property
+    def may_require_gradient(self) -> bool:
+        """Whether it has to be checked if a static does: parameters are part of the signature."""
+        dtype = self.spec.dtype
+        return type(self.tensor) is not torch.nn.Parameter and (dtype.is_floating_point or dtype.is_complex)
+
+    def requires_as_it_did(self) -> bool:
+        """Whether a static requires a gradient if it did, and nothing runs where one is made."""
+        assert self.tensor is not None
+        required = self.spec.requires_grad
+        return self.tensor.requires_grad is required and not (required and self.is_leaf and has_hooks(self.tensor))
 
     def accepts(self, tensor: Any) -> bool:
         """Whether a tensor, or a number, may be fed here."""
@@ -57,6 +70,7 @@ class Role:
             and tensor.is_inference() == self.is_inference
             and (tensor.is_contiguous() if spec.stride is None else tensor.stride() == spec.stride)
             and tensor.untyped_storage()._cdata not in self.written
+            and not (spec.requires_grad and self.is_leaf and has_hooks(tensor))
         )
 
 
@@ -130,7 +144,13 @@ class _Emitter:
     def _emit_external(self, index: int, place: str) -> None:
         role, is_first = self._role_of(index)
         if role.tensor is not None:
-            self.terms.append(f"{place} is {self.constant(role.tensor)}")
+            name = self.constant(role.tensor)
+            self.terms.append(f"{place} is {name}")
+            if is_first and role.may_require_gradient:
+                is_plain = not role.spec.requires_grad
+                self.terms.append(
+                    f"not {name}.requires_grad" if is_plain else f"{self.constant(role)}.requires_as_it_did()"
+                )
         elif is_first and index not in self._seen:
             self._seen.add(index)
             self.terms.append(f"B(X, {index}, {place}, {self.constant(role)})")
@@ -152,10 +172,31 @@ def _compile_match(condition: str, names: int) -> Callable[..., Match]:
     scope: dict[str, Any] = {
         "E": equal_templates, "B": _bind, "L": leaves, "V": torch.Tensor,
         "G": torch.is_grad_enabled, "C": torch._C._is_any_autocast_enabled, "M": current_ambient,  # type: ignore[attr-defined]
-        "P": presence_holds,
+        "P": presence_holds, "H": has_hooks,
     }  # fmt: skip
     exec(source, scope)
     return scope["make"]
+
+
+def presence_of(
+    event: Event, role_of: Callable[[int], tuple[Role, bool]]
+) -> tuple[list[tuple[torch.Tensor, bool]], dict[int, bool]]:
+    """Return whose gradients an event is the first to look at: known leaves, and those that are fed, by index."""
+    statics: list[tuple[torch.Tensor, bool]] = []
+    fed: dict[int, bool] = {}
+    for leaf, present in event.presence:
+        tensor = role_of(leaf.index)[0].tensor if isinstance(leaf, External) else leaf
+        if tensor is not None:
+            statics.append((tensor, present))
+        elif isinstance(leaf, External):
+            fed[leaf.index] = present
+    return statics, fed
+
+
+def columns(presence: Iterable[tuple[torch.Tensor, bool]]) -> tuple[tuple[torch.Tensor, ...], tuple[bool, ...]]:
+    """Return leaves, and whether each has a gradient."""
+    rows = tuple(presence)
+    return tuple(leaf for leaf, _ in rows), tuple(present for _, present in rows)
 
 
 def build_match(event: Event, role_of: Callable[[int], tuple[Role, bool]]) -> Match:
@@ -186,8 +227,11 @@ def build_match(event: Event, role_of: Callable[[int], tuple[Role, bool]]) -> Ma
     ambient = event.ambient
     emitter.terms.append(f"G() is {ambient.grad}")
     emitter.terms.append(f"C() and M() == {emitter.constant(ambient)}" if ambient.autocast else "not C()")
-    if event.presence:
-        names = map(emitter.constant, zip(*event.presence, strict=True))
-        emitter.terms.append(f"P({', '.join(names)})")
+    if event.kind == "requires_grad":
+        emitter.terms.append("not H(A[0])")
+    statics, fed = presence_of(event, role_of)
+    if statics:
+        emitter.terms.append(f"P({', '.join(map(emitter.constant, columns(statics)))})")
+    emitter.terms += [f"(X[{index}].grad is not None) is {present}" for index, present in fed.items()]
     condition = " and ".join(emitter.terms)
     return _compile_match(condition, len(emitter.constants))(*emitter.constants)

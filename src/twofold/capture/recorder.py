@@ -163,6 +163,9 @@ class Recorder:
                 return result
             kind = "fetch"
             templates = self._writer.templates(tuple(given), {})
+        elif function in REQUIRES_GRAD and not self._writer.is_made_here(given[0]):
+            kind = "requires_grad"
+            self._writer.note_requires_grad(given[0])
         elif kind == "call" and self._asked and not asks_to_check(function, arguments, keywords):
             self.refuse("unsupported_call", f"{display_name(function)} takes a number out of a tensor", origin)
         if self._is_cpu_work(given, made):
@@ -390,8 +393,9 @@ class Recorder:
             self.refuse("unsupported_call", f"{display_name(function)} exposes the memory of a tensor of the unit")
         elif function in HOOKS:
             self.refuse("tensor_hook", f"{display_name(function)} on a tensor of the unit")
-        elif function in REQUIRES_GRAD and self._writer.is_made_here(arguments[0]):
-            self._writer.touch(arguments[0])
+        elif function in REQUIRES_GRAD:
+            if self._writer.is_made_here(arguments[0]):
+                self._writer.touch(arguments[0])
         elif function in SETTERS and (
             self._writer.is_made_here(arguments[0]) or self._writer.is_known_memory(arguments[0])
         ):

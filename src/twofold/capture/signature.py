@@ -32,7 +32,7 @@ _hooks, _late_hooks = map(operator.attrgetter, ("_backward_hooks", "_post_accumu
 
 
 class KnownLeaves:
-    """The leaves that the units of one program were seen to use."""
+    """The parameters, and what else optimizers own, that the units of one program were seen to use."""
 
     def __init__(self) -> None:
         self._leaves: dict[int, torch.Tensor] = {}
@@ -69,11 +69,11 @@ class KnownLeaves:
 
     def complete(self, signature: Signature, trace: Trace) -> Signature | None:
         """Return a signature extended by the leaves that its own unit was the first to show; None if there are none."""
-        added = [g.leaf for g in trace.gradients if id(g.leaf) not in self._leaves]
+        added = [known for identity, known in trace.lasting.items() if identity not in self._leaves]
         if not added:
             return None
-        self._leaves.update((id(leaf), leaf) for leaf in added)
+        self._leaves.update((id(leaf), leaf) for leaf, _ in added)
         plain = (True,) * len(added)
-        requiring = tuple(id(leaf) not in trace.frozen for leaf in added)
+        requiring = tuple(required for _, required in added)
         chosen, *states = signature or (switches(), (), (), ())
         return (chosen, *map(operator.add, states, (requiring, plain, plain)))

@@ -103,9 +103,12 @@ def sample_of(fetched: Any) -> Any:
     return None
 
 
-EventKind = Literal["call", "fetch", "optimizer", "zero_grad"]
+EventKind = Literal["call", "fetch", "optimizer", "zero_grad", "requires_grad"]
 
-Presence = tuple[tuple[torch.Tensor, bool], ...]
+Leaf = torch.Tensor | External
+"""A leaf: a parameter by itself, what else the unit was given by its place, where another may come."""
+
+Presence = tuple[tuple[Leaf, bool], ...]
 """Leaves, each with whether it has a gradient."""
 
 
@@ -114,7 +117,8 @@ class Event:
     """One call by the user's Python, with the operations that ran beneath it.
 
     `outcome` is the template of what it returned; for an optimizer's step, the value numbers of the gradients of
-    its parameters, in order. Empty for a fetch, whose value differs each time.
+    its parameters, in order. Empty for a fetch, whose value differs each time. One of kind `requires_grad` says of a
+    tensor from outside whether it requires a gradient from now on, which is done at once when it is followed, too.
     """
 
     kind: EventKind
@@ -147,7 +151,7 @@ class Gradient:
     `entry` is None too where nothing in the unit depends on it.
     """
 
-    leaf: torch.Tensor
+    leaf: Leaf
     entry: int | None
     exit: int | None
     keeps: bool
@@ -196,6 +200,8 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     externals: list[torch.Tensor] = field(default_factory=list)
     external_numbers: list[int] = field(default_factory=list)
+    external_specs: list[TensorSpec] = field(default_factory=list)
+    """Each as it was when it was first used: what requires a gradient may change."""
     fed_numbers: set[int] = field(default_factory=set[int])
     """Externals that stand for Python numbers; see `number_feeds`."""
     arguments: dict[int, int] = field(default_factory=dict[int, int])
@@ -205,8 +211,8 @@ class Trace:
     """The spec of each value number."""
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     """Values that came in beneath the calls: optimizer state, constants made by PyTorch itself."""
-    frozen: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Parameters that require no gradient when they are first used, by `id`."""
+    lasting: dict[int, tuple[torch.Tensor, bool]] = field(default_factory=dict)
+    """Parameters and what optimizers own, by `id`: each with whether it requires a gradient when it is first used."""
     gradients: list[Gradient] = field(default_factory=list)
     escapes: dict[int, str] = field(default_factory=dict)
     """Slots that outlived the unit, with the state of their autograd history: none, freed or live."""

@@ -10,19 +10,19 @@ one path was fed at a place of the program, so are others from their first unit 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from twofold.graph import Origin, TensorSpec
+from twofold.graph import Origin
 
 from .functions import is_random
 from .gradients import presence_holds
 from .history import Layout, Watch
-from .match import Match, Placeholders, Role, build_match, equal_templates
+from .match import Match, Placeholders, Role, build_match, columns, equal_templates, presence_of
 from .number_feeds import differ_in_number, is_feedable
 from .signature import KnownLeaves, Signature
 from .trace import Event, External, Made, Presence, Slot, Trace, leaves
@@ -64,9 +64,14 @@ class Path:
     """Slots seen alive at the end of a unit, with the state of their autograd history then. Never shrinks."""
 
     def __post_init__(self) -> None:
-        presence = [entry for node in self.nodes if node.event is not None for entry in node.event.presence]
-        self._leaves, self._present = _columns(presence)
+        self.read_presence()
         self._remade = [(node.depth, one) for node in self.nodes if node.event is not None for one in node.event.remade]
+
+    def read_presence(self) -> None:
+        """Read off the events which gradients the path depends on: of the leaves known, and of those fed, by index."""
+        found = [presence_of(node.event, node.role_of) for node in self.nodes if node.event is not None]
+        self._leaves, self._present = columns(entry for statics, _ in found for entry in statics)
+        self.fed_presence = {index: present for _, fed in found for index, present in fed.items()}
 
     def can_begin(self) -> bool:
         """Whether the gradients that the path depends on are there, or not there, as they were when it began.
@@ -182,7 +187,7 @@ class PathNode:
         event = self.event
         if event is None or event.kind != "optimizer" or event.arguments[0] is not optimizer:
             return False
-        return presence_holds(*_columns(event.presence))
+        return presence_holds(*columns(presence_of(event, self.role_of)[0]))
 
     def walk_back(self) -> Iterator[PathNode]:
         """Yield this node and those before it, the root left out."""
@@ -240,8 +245,10 @@ class TraceGraph:
         return self._leaves.signature()
 
     def leaves(self) -> Iterator[torch.Tensor]:
-        """Return the leaves that units were seen to use."""
-        return iter(self._leaves)
+        """Return the leaves that units were seen to use, but for those that they are fed."""
+        others = (role.tensor for path in self.paths for node in path.nodes for role in node.roles if role.is_leaf)
+        known = {id(leaf): leaf for leaf in (*self._leaves, *others) if leaf is not None}
+        return iter(known.values())
 
     def likely(self, node: PathNode) -> Path | None:
         """Return the path that a unit which has come to a node most likely takes, of those that gradients allow.
@@ -312,27 +319,27 @@ class TraceGraph:
         return node
 
     def _role(self, trace: Trace, index: int, place: Place, written: Collection[int]) -> Role:
-        tensor = trace.externals[index]
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        tensor, spec = trace.externals[index], trace.external_specs[index]
+        is_lasting = _is_lasting(tensor, trace)
         # Memory that PyTorch did not allocate may change unseen, so what it holds is copied when it is used.
         is_number = index in trace.fed_numbers
         is_borrowed = tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
         is_fed = is_borrowed or (place in self._changing and self._may_change(tensor, written))
         return Role(
-            None if is_number or (is_fed and not is_parameter) else tensor,
-            TensorSpec.of(tensor),
+            None if is_number or (is_fed and not is_lasting) else tensor,
+            spec,
             tensor.is_leaf,
             tensor.is_inference(),
-            is_parameter,
+            is_lasting,
             is_number,
             self._written_storages,
             self.placeholders,
         )
 
     def _may_change(self, tensor: torch.Tensor, written: Collection[int]) -> bool:
-        """Whether a tensor can be a feed: nothing writes to it or differentiates it, and no path knows it as static."""
+        """Whether a tensor can be a feed: nothing writes to it, and no path knows it as static."""
         storage = tensor.untyped_storage()._cdata
-        if tensor.requires_grad or storage in self._written_storages or storage in written:
+        if storage in self._written_storages or storage in written:
             return False
         return not any(role.tensor is tensor for path in self.paths for node in path.nodes for role in node.roles)
 
@@ -352,14 +359,17 @@ class TraceGraph:
             return False
         return self._has_same_tensors(node, event, trace)
 
-    def _admits(self, node: PathNode, role: Role, tensor: torch.Tensor) -> bool:
+    def _admits(self, node: PathNode, role: Role, trace: Trace, index: int) -> bool:
+        tensor, spec = trace.externals[index], trace.external_specs[index]
         if role.tensor is tensor:
-            return True
-        if role.is_parameter or isinstance(tensor, torch.nn.Parameter) or TensorSpec.of(tensor) != role.spec:
+            return spec.requires_grad is role.spec.requires_grad
+        if role.is_lasting or _is_lasting(tensor, trace) or spec != role.spec:
             return False
         if role.is_inference != tensor.is_inference():
             return False
         if role.tensor is not None:
+            if spec.requires_grad and role.is_leaf and self.writes_to(role.tensor):
+                return False  # trained by hand, as another is in units of their own
             self._relax(node, role)
         return True
 
@@ -378,12 +388,14 @@ class TraceGraph:
         """Compile the checks of the paths whose roles changed, once for all the changes that one trace brought."""
         for node in self._relaxed:
             node.compile_match()
+            if node.end is not None:
+                node.end.read_presence()
         self._relaxed.clear()
 
     def _has_same_tensors(self, node: PathNode, event: Event, trace: Trace) -> bool:
         assert node.event is not None
         return _references(node.event) == _references(event) and all(
-            role.is_number == (index in trace.fed_numbers) and self._admits(node, role, trace.externals[index])
+            role.is_number == (index in trace.fed_numbers) and self._admits(node, role, trace, index)
             for index, role in enumerate(node.roles, node.first_external)
         )
 
@@ -444,15 +456,15 @@ def _references(event: Event) -> list[Any]:
     return leaves((event.arguments, event.keywords), (Slot, External))
 
 
-def _columns(presence: Iterable[tuple[torch.Tensor, bool]]) -> tuple[tuple[torch.Tensor, ...], tuple[bool, ...]]:
-    rows = tuple(presence)
-    return tuple(leaf for leaf, _ in rows), tuple(present for _, present in rows)
-
-
 def _is_same_presence(left: Presence, right: Presence) -> bool:
     return len(left) == len(right) and all(
-        a is b and had is has for (a, had), (b, has) in zip(left, right, strict=True)
+        had is has and (a is b or (isinstance(a, External) and isinstance(b, External) and a == b))
+        for (a, had), (b, has) in zip(left, right, strict=True)
     )
+
+
+def _is_lasting(tensor: torch.Tensor, trace: Trace) -> bool:
+    return isinstance(tensor, torch.nn.Parameter) or id(tensor) in trace.lasting
 
 
 def _externals_of(event: Event, trace: Trace) -> list[torch.Tensor]:

@@ -70,6 +70,21 @@ def _end_of_history(tensor: torch.Tensor) -> tuple[bool, str | None]:
     return tensor.requires_grad, None if function is None else type(function).__name__
 
 
+def _known(
+    references: dict[int, Slot | External], alive: dict[int, weakref.ref[torch.Tensor]], tensor: torch.Tensor
+) -> Slot | External | None:
+    reference = references.get(id(tensor))
+    return reference if reference is not None and alive[id(tensor)]() is tensor else None
+
+
+def _external(
+    references: dict[int, Slot | External], alive: dict[int, weakref.ref[torch.Tensor]], tensor: torch.Tensor
+) -> int | None:
+    """Return the index of a tensor that the unit was given."""
+    reference = _known(references, alive, tensor)
+    return reference.index if isinstance(reference, External) else None
+
+
 class TraceWriter:
     """One trace being written. Mutable; `close` hands out the trace and ends its life."""
 
@@ -89,7 +104,9 @@ class TraceWriter:
         """Whether each of them requires a gradient, and what its history ends in."""
         self._borrowed: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.refuse = functools.partial(_refuse, self.trace)  # no method: what has it must not hold this in a cycle
-        self.gradients = EntryGradients(self.refuse, self.trace.frozen)
+        self.gradients = EntryGradients(
+            self.refuse, self.trace.lasting, functools.partial(_external, self._references, self._alive)
+        )  # as above
         self._freed: dict[Any, None] = {}
 
     # ---- which tensor is which ---------------------------------------------------------------------------
@@ -148,17 +165,13 @@ class TraceWriter:
             with unheard():
                 self._borrowed.append((tensor, tensor.detach().clone()))
         self.trace.external_numbers.append(number)
+        self.trace.external_specs.append(TensorSpec.of(tensor))
         self.trace.hidden.pop(number, None)
         self._remember(tensor, reference)
         return reference
 
     def _known_reference(self, tensor: torch.Tensor) -> Slot | External | None:
-        reference = self._references.get(id(tensor))
-        return reference if reference is not None and self._alive[id(tensor)]() is tensor else None
-
-    def _external(self, tensor: torch.Tensor) -> int | None:
-        reference = self._known_reference(tensor)
-        return reference.index if isinstance(reference, External) else None
+        return _known(self._references, self._alive, tensor)
 
     def _remember(self, tensor: torch.Tensor, reference: Slot | External) -> None:
         self._references[id(tensor)] = reference
@@ -171,7 +184,7 @@ class TraceWriter:
         """Take back the externals past the first `count`: what used them was no event of the unit."""
         for tensor in self.trace.externals[count:]:
             del self._references[id(tensor)], self._alive[id(tensor)]
-        del self.trace.externals[count:], self.trace.external_numbers[count:]
+        del self.trace.externals[count:], self.trace.external_numbers[count:], self.trace.external_specs[count:]
         self.trace.fed_numbers = {index for index in self.trace.fed_numbers if index < count}
 
     def rename(self, tensor: torch.Tensor, placeholder: torch.Tensor) -> None:
@@ -241,6 +254,10 @@ class TraceWriter:
     def touch(self, tensor: torch.Tensor) -> None:
         """Take note that the event that is under way may change how autograd sees a tensor."""
         self._touched.add(tensor.untyped_storage()._cdata)
+
+    def note_requires_grad(self, tensor: torch.Tensor) -> None:
+        """Take note that the event that is under way may have changed whether a tensor from outside requires one."""
+        self._histories[id(tensor)] = _end_of_history(tensor)
 
     def _remade(self) -> tuple[tuple[int, Made], ...]:
         """Return the slots that autograd sees otherwise since the last event."""
@@ -393,7 +410,7 @@ class TraceWriter:
             for slot in set(others) - set(trace.history.outputs):
                 del trace.escapes[slot]
         if trace.refusal is None:
-            trace.gradients = self.gradients.plans(self.number_if_known, self._external)
+            trace.gradients = self.gradients.plans(self.number_if_known)
             # What is one value here is two tensors elsewhere: that a gradient is the tensor it was is not checked.
             entries = [g.entry for g in trace.gradients if g.entry is not None and g.entry >= 0]
             if len({*entries}) < len(entries) or not {*entries}.isdisjoint(trace.external_numbers):

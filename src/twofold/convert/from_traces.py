@@ -63,7 +63,8 @@ class UnsupportedPath(Exception):
 class GradientPlan:
     """`.grad` of a leaf: the value that it has before the unit (None: not read), and what it is set to after."""
 
-    leaf: torch.Tensor
+    leaf: torch.Tensor | int
+    """Itself, or the external fed."""
     entry: Value | None
     exit: Value | None
     keeps: bool
@@ -485,10 +486,15 @@ class _Builder:
             exit_value = None
             if gradient.exit is not None and not gradient.keeps:
                 exit_value = self._value(gradient.exit)
-            given = None if gradient.given is None else self.path.nodes[-1].role_of(gradient.given)[0].tensor
-            given = gradient.given if given is None else given
-            plans.append(GradientPlan(gradient.leaf, entry, exit_value, gradient.keeps, given))
+            given = None if gradient.given is None else self._outside(gradient.given)
+            leaf = self._outside(gradient.leaf.index) if isinstance(gradient.leaf, External) else gradient.leaf
+            plans.append(GradientPlan(leaf, entry, exit_value, gradient.keeps, given))
         return tuple(plans)
+
+    def _outside(self, index: int) -> torch.Tensor | int:
+        """Return an external that is static; the index of one that is fed."""
+        tensor = self.path.nodes[-1].role_of(index)[0].tensor
+        return index if tensor is None else tensor
 
     def _is_on_accelerator(self) -> bool:
         return any(spec.device.type == "cuda" for spec in self.trace.specs)

@@ -55,6 +55,8 @@ class FollowedUnit:
         self._graph = graph
         self._account = account
         self._placeholders = graph.placeholders
+        self._required: list[tuple[torch.Tensor, bool]] = []
+        """Whether tensors from outside required a gradient before the unit said otherwise, in order."""
         self._copied: dict[int, torch.Tensor] = {}
         self._fetched: list[PathNode] = []
         self._run: GraphRunner | None = None
@@ -65,6 +67,7 @@ class FollowedUnit:
         self.slots.clear()
         self.feeds.clear()
         self._remade.clear()
+        self._required.clear()
         self._copied.clear()
         self._fetched.clear()
         self._run = self._path = None
@@ -75,6 +78,8 @@ class FollowedUnit:
         """Take the feeds of a call that was checked; return placeholders as it would return tensors."""
         event: Any = node.event
         self._copy_feeds(node)
+        if node.kind == "requires_grad":
+            self._set_requires_grad(node)
         for index, placeholder in enumerate(node.placeholders):
             if placeholder is None:
                 placeholder = node.placeholders[index] = make_placeholder(event.made[index], self._placeholders)
@@ -84,6 +89,14 @@ class FollowedUnit:
         if type(event.outcome) is Slot:
             return self.slots[event.outcome.index]
         return self._resolved(node, event.outcome)
+
+    def _set_requires_grad(self, node: PathNode) -> None:
+        """Do what a call does at once: the program may ask, or give the tensor to what is not followed."""
+        event: Any = node.event
+        arguments, keywords = self._resolved(node, (event.arguments, event.keywords))
+        self._required.append((arguments[0], arguments[0].requires_grad))
+        with unheard():
+            event.function(*arguments, **keywords)
 
     def _copy_feeds(self, node: PathNode) -> None:
         if not node.fed:
@@ -292,6 +305,10 @@ class FollowedUnit:
         self._mispredicted(None)
         if self._run is not None:
             self._undo()
+        with unheard():
+            for tensor, required in reversed(self._required):
+                if tensor.requires_grad is not required:
+                    tensor.requires_grad_(required)
 
     def repeat(self, last: PathNode, recorder: Recorder) -> None:
         """Run the calls up to `last` for real, recorded; placeholders become tensors. Raises what the calls raise."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,10 +17,11 @@ from twofold.graph import Value
 class GradientExits:
     """What a unit leaves in `.grad`, column by column: it is set once a unit, for each parameter."""
 
-    leaves: tuple[torch.Tensor, ...]
+    leaves: tuple[torch.Tensor | int, ...]
+    """Each itself, or the external fed."""
     values: tuple[Value, ...]
     """Their gradients."""
-    cleared: tuple[torch.Tensor, ...]
+    cleared: tuple[torch.Tensor | int, ...]
     """The leaves that have no gradient after a unit."""
     views: tuple[Value, ...]
     """Those of `values` that no segment hands out by themselves."""
@@ -30,6 +32,13 @@ class GradientExits:
 
     given: tuple[tuple[int, torch.Tensor | int], ...]
     """The indices of those that are tensors of the program's own, each with that tensor or the external fed."""
+
+    has_fed: bool
+    """Whether some leaf is fed."""
+
+    def leaves_given(self, given: Mapping[int, torch.Tensor]) -> Sequence[Any]:
+        """Return the leaves of a unit that is given these externals."""
+        return [given[leaf] if type(leaf) is int else leaf for leaf in self.leaves] if self.has_fed else self.leaves
 
     @classmethod
     def of(cls, program: Program, given: Collection[Value], is_reused: bool) -> GradientExits:
@@ -48,4 +57,5 @@ class GradientExits:
             tuple(index for index in reused if roots[index] not in handed_out),
             tuple(index for index in reused if roots[index] in handed_out),
             tuple((index, plan.given) for index, (plan, _) in enumerate(pairs) if plan.given is not None),
+            any(type(plan.leaf) is int for plan, _ in pairs),
         )

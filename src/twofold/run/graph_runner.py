@@ -92,7 +92,8 @@ class GraphRunner:
         self._undo: list[Callable[[], None]] = []
         self._ready: dict[int, torch.cuda.Event] = {}
         for entry, leaf in installed.entries:
-            self.environment[entry] = leaf.grad
+            if isinstance(leaf, torch.Tensor):
+                self.environment[entry] = leaf.grad
 
     def launch_through(self, count: int) -> None:
         """Launch the segments up to number `count`, those launched before left out."""
@@ -106,6 +107,8 @@ class GraphRunner:
 
     def _launch_next(self) -> None:
         installed, environment, feeds, index = self.installed, self.environment, self._feeds, self.launched
+        if installed.fed_leaves:
+            self._take_fed_leaves()
         if installed.entries:
             installed.check_gradients(environment, (*feeds.values(), *self._foretold.values()))
         if index == 0 and installed.lent is not None:
@@ -127,6 +130,14 @@ class GraphRunner:
             torch.autograd.graph.increment_version(installed.unnoticed[index])
         if self.launched in installed.host_copies:
             self._copy_to_host(self.launched)
+
+    def _take_fed_leaves(self) -> None:
+        """Look at the leaves that Python has given by now, and at their gradients from before the unit."""
+        bound = {leaf: self._given[leaf] for leaf in self.installed.fed_leaves if leaf in self._feeds}
+        self.installed.check_leaves(bound.values())
+        for entry, leaf in self.installed.entries:
+            if isinstance(leaf, int) and leaf in bound:
+                self.environment[entry] = bound[leaf].grad
 
     @property
     def has_stepped(self) -> bool:
@@ -248,9 +259,11 @@ class GraphRunner:
             gradients[index] = self.owned_value(exits.values[index])
         for index, given in exits.given:
             gradients[index] = self._given[given] if isinstance(given, int) else given
-        deque(map(_set_gradient, exits.leaves, gradients), maxlen=0)  # a loop of C's, once for each parameter
+        # A loop of C's, once for each parameter.
+        deque(map(_set_gradient, exits.leaves_given(self._given), gradients), maxlen=0)
         for leaf in exits.cleared:
-            leaf.grad = None
+            cleared = leaf if isinstance(leaf, torch.Tensor) else self._given[leaf]
+            cleared.grad = None
 
     def prepare_step(self, plan: OptimizerPlan, index: int, is_last: bool) -> None:
         """Hand an optimizer that steps outside its gradients. `is_last`: nothing can be discarded any more."""

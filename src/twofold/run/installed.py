@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,7 +30,7 @@ from .placement import Placement
 
 
 class SharedGradient(Exception):
-    """A gradient from before the unit shows memory that the unit is given otherwise too."""
+    """A gradient from before the unit shows memory that the unit is given otherwise too, or is that of two leaves."""
 
 
 @dataclass(eq=False)
@@ -42,9 +42,11 @@ class Installed:
     statics: Environment = field(init=False)
     placement: Placement = field(init=False)
     """Where the statics live."""
-    entries: list[tuple[Value, torch.Tensor]] = field(init=False)
-    """The gradients that a unit reads, each with its leaf."""
+    entries: list[tuple[Value, torch.Tensor | int]] = field(init=False)
+    """The gradients that a unit reads, each with its leaf, or with the external fed."""
     static_storages: frozenset[int] = field(init=False)
+    fed_leaves: tuple[int, ...] = field(init=False)
+    """The leaves, by external, that differ from unit to unit."""
     exits: GradientExits = field(init=False)
     written: list[list[Value]] = field(init=False)
     last: int = field(init=False)
@@ -70,6 +72,8 @@ class Installed:
         self.placement = Placement(program.statics.values())
         self.entries = [(plan.entry, plan.leaf) for plan in program.gradients if plan.entry is not None]
         self.static_storages = frozenset(map(_storage, self.statics.values())) if self.entries else frozenset()
+        self.fed_leaves = tuple(plan.leaf for plan in program.gradients if isinstance(plan.leaf, int))
+        self._static_leaves = {id(plan.leaf) for plan in program.gradients if not isinstance(plan.leaf, int)}
         lasting = {*program.statics, *(entry for entry, _ in self.entries)}
         self.exits = GradientExits.of(program, {*lasting, *program.feeds}, self.executable.reuses_outputs)
         self.settings = [
@@ -113,11 +117,13 @@ class Installed:
             return frozenset()
         # Where a fetch reads the memory itself, what comes after may write to that memory and has to wait.
         read_in_place = set(self.program.positions.values()) - self.host_copies.keys()
+        given_late = {entry for entry, leaf in self.entries if isinstance(leaf, int)}
         return frozenset(
             index
             for index, written in enumerate(self.written[: self.program.unit_segments - 1])
             if index > 0
             and index not in read_in_place
+            and given_late.isdisjoint(self.program.segments[index].inputs)
             and all(bytes_of(value) <= MAX_UNDONE_BYTES for value in written)
         )
 
@@ -132,7 +138,8 @@ class Installed:
     def lasting_gradients(self, made: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return the gradients of `exits.copied`, which a unit made, as the program may have them."""
         if self.lent is None and self._can_lend(made):
-            self.lent = LentGradients([self.exits.leaves[index] for index in self.exits.copied], made)
+            leaves = self.exits.leaves_given({})
+            self.lent = LentGradients([leaves[index] for index in self.exits.copied], made)
         if self.lent is not None:
             return self.lent.lend()
         copies = [torch.empty_like(gradient) for gradient in made]
@@ -140,8 +147,11 @@ class Installed:
         return copies
 
     def _can_lend(self, made: list[torch.Tensor]) -> bool:
-        """Whether each of `made` fills a storage of its own, and no unit reads gradients from before it."""
-        if not self.executable.lends_outputs or self.entries:
+        """Whether each of `made` fills a storage of its own, and no unit reads gradients from before it.
+
+        Those of what is fed are copied: they are not asked for when the next unit begins.
+        """
+        if not self.executable.lends_outputs or self.entries or self.exits.has_fed:
             return False
         storages = [tensor.untyped_storage() for tensor in made]
         fills = all(s.nbytes() == t.numel() * t.element_size() for s, t in zip(storages, made, strict=True))
@@ -160,11 +170,17 @@ class Installed:
         Recorded apart, they are: an executable with memory of its own copies each in and back, and a compiler takes
         inputs to be apart. Gradients may be parts of one tensor that do not overlap.
         """
-        gradients = [environment[entry] for entry, _ in self.entries]
+        gradients = [environment[entry] for entry, _ in self.entries if entry in environment]
         storages = list(map(_storage, gradients))
         others = self.static_storages | set(map(_storage, feeds))
         if not others.isdisjoint(storages) or (len(set(storages)) < len(storages) and _overlap(gradients)):
             raise SharedGradient("a gradient shares memory with another tensor of the unit")
+
+    def check_leaves(self, given: Collection[torch.Tensor]) -> None:
+        """Raise `SharedGradient` if leaves that are fed are not apart, as those were that the graph was made for."""
+        found = {*map(id, given)}
+        if len(found) < len(given) or not self._static_leaves.isdisjoint(found):
+            raise SharedGradient("a leaf is given to the unit as several")
 
     def save_written(self) -> Callable[[], None]:
         """Copy all that a unit writes to and that outlives it; return how to put it back."""
@@ -215,5 +231,5 @@ def example_environment(program: Program) -> dict[Value, Any]:
         if plan.entry is not None:
             spec = plan.entry.spec
             assert spec is not None
-            given[plan.entry] = torch.zeros_like(plan.leaf, requires_grad=False)
+            given[plan.entry] = spec.empty().zero_()
     return given

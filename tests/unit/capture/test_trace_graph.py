@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.unit.capture.recording import Linear, event_names, merge, merged, record
+from twofold.capture.trace import External
 from twofold.capture.trace_graph import MAX_SITE_VARIANTS, Path, TraceGraph
 
 
@@ -144,19 +145,37 @@ def test_a_static_elsewhere_is_none_the_less_static_at_a_place_that_changes():
     assert is_fed(merged(graph, lambda: placed(known, scale))) == [False, False]
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_what_the_unit_writes_to_or_differentiates_is_static_at_a_place_that_changes(requires_grad: bool):
+@pytest.mark.parametrize("is_owned", [False, True])
+def test_what_the_unit_writes_to_or_an_optimizer_owns_is_static_at_a_place_that_changes(is_owned: bool):
     """As a feed it would be refused."""
     graph = TraceGraph()
-    scale, state = torch.ones(()), torch.ones(3, requires_grad=requires_grad)
+    scale, state = torch.ones(()), torch.ones(3, requires_grad=is_owned)
+    optimizer = torch.optim.SGD([torch.ones(3, requires_grad=True), state], lr=0.0)
     for batch in (torch.ones(4), torch.zeros(4)):
         merged(graph, lambda batch=batch: placed(batch, scale))
 
-    def program() -> torch.Tensor:
+    def program() -> Any:
         result = placed(state, scale)
-        return result if requires_grad else state.add_(result)
+        return optimizer.zero_grad() if is_owned else state.add_(result)
 
-    assert is_fed(merged(graph, program)) == [False, False]
+    assert is_fed(merged(graph, program))[:2] == [False, False]
+
+
+def test_a_leaf_that_changes_is_a_feed_with_its_gradient():
+    graph = TraceGraph()
+    scale = torch.ones(())
+
+    def program(leaf: torch.Tensor) -> torch.Tensor:
+        result = placed(leaf, scale)
+        result.sum().backward()
+        return result
+
+    for leaf in (torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)):
+        path = merged(graph, lambda leaf=leaf: program(leaf))
+    assert is_fed(path) == [True, False]
+    assert (path.seen, path.fed_presence) == (2, {0: False})
+    assert [gradient.leaf for gradient in path.trace.gradients] == [External(0)]
+    assert list(graph.leaves()) == [scale]
 
 
 def test_another_shape_forks_and_another_parameter_too():

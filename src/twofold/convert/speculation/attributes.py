@@ -228,7 +228,7 @@ class Attributes(Objects):
 
     def set_attribute(self, item: Item, name: str, value: Item) -> None:
         """Do `item.name = value`."""
-        if isinstance(item, Tensor) and name == "grad":
+        if isinstance(item, Tensor) and name in ("grad", "requires_grad"):
             self.native(setattr, [item, Known(name), value], {})
             return
         if isinstance(item, Known) and isinstance(item.object, types.FunctionType) and not name.startswith("__"):

@@ -290,6 +290,8 @@ class TorchCalls(Draws):
             return self._wrap_late(result, self.host.fetch("get_attr", settled, name, late=self._tensors_changed))
         if name not in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "itemsize", "nbytes"):
             raise self.refuse("unsupported_call", f"reads .{name} of a tensor after the last optimizer step")
+        if name == "requires_grad" and (self._tensors_changed or self.walk.sets_requires_grad(self.sample(item))):
+            raise self.refuse("unsupported_call", "asks whether a tensor requires a gradient after it was changed")
         self._note_measured([item])
         return Known(result)
 

@@ -47,6 +47,8 @@ class Walk:
         self._remade: dict[int, Made] = {}
         """What autograd sees otherwise than when it was made, likewise."""
         self.feeds: dict[int, Any] = {}
+        self._set: set[int] = set()
+        """The `id` of tensors from outside of which the unit says whether they require a gradient: at its end."""
         self.path: Path | None = None
         """Set once the unit has ended."""
         self.passed: list[PathNode] = []
@@ -75,6 +77,8 @@ class Walk:
         self._pass(node)
         if node.kind == "fetch":
             return self._fetch(node, function, arguments, keywords)
+        if node.kind == "requires_grad":
+            self._set.add(id(arguments[0]))
         for index, placeholder in enumerate(node.placeholders):
             if placeholder is None:
                 with unheard():
@@ -113,7 +117,7 @@ class Walk:
         given: list[torch.Tensor] = leaves((arguments, keywords), _TENSOR)
         if function in HISTORY and given:
             known = self.graph.placeholders.get(id(given[0]))
-            if known is None and id(given[0]) not in self.slot_of:
+            if known is None and id(given[0]) not in self.slot_of and id(given[0]) not in self._set:
                 return function(*arguments, **keywords)
             if known is not None and HISTORY[function] in ("requires_grad", "is_leaf"):
                 return getattr(self._remade.get(id(given[0]), known[1]), HISTORY[function])
@@ -122,6 +126,10 @@ class Walk:
             self.made_by_python.append(made)
             return made
         raise refuse("no_graph", f"no known path goes on with {display_name(function)}")
+
+    def sets_requires_grad(self, tensor: torch.Tensor) -> bool:
+        """Whether the unit says of a tensor from outside whether it requires a gradient."""
+        return id(tensor) in self._set
 
     def operation(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Answer an ATen operation; see `Listener`. None may reach a placeholder."""

@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 
 from twofold.capture.functions import NUMBER_READS
+from twofold.capture.gradients import has_hooks
 from twofold.capture.number_feeds import number_tensor
 from twofold.capture.recorder import has_step_hooks
 from twofold.capture.trace import External, Slot, leaves
@@ -26,6 +27,7 @@ FAILED: Final = object()
 """What a host function returns when an assumption does not hold."""
 
 _TENSOR = torch.Tensor
+_requires_as_it_did = Role.requires_as_it_did
 _BLIND: Final = NUMBER_READS | {_TENSOR.detach}
 """What returns the same for tensors with and without a history."""
 
@@ -37,16 +39,20 @@ class CannotSpeculate(Exception):
 class _Feed:
     """What is fed in one place."""
 
-    __slots__ = ("_guards", "role")
+    __slots__ = ("_guards", "_present", "role")
 
-    def __init__(self, role: Role) -> None:
+    def __init__(self, role: Role, present: bool | None) -> None:
+        """`present`: whether it has to have a gradient; None where that is nothing to the unit."""
         self.role = role
+        self._present = present
         self._guards: Any = None
         """Those of what was accepted last: PyTorch compares types, shapes and so on at once."""
 
     def accepts(self, given: Any) -> bool:
         """Whether the role does."""
         role, guards = self.role, self._guards
+        if self._present is not None and (given.grad is not None) is not self._present:
+            return False
         if guards is not None and guards.check(given):
             return id(given) not in role.placeholders and given.untyped_storage()._cdata not in role.written
         if not role.accepts(given):
@@ -65,7 +71,12 @@ class TensorWork:
         self.learn = learn
         self._optimizers = tuple(self.program.optimizers.values())
         last = path.nodes[-1]
-        self.feeds = {index: _Feed(last.role_of(index)[0]) for index in self.program.feeds.values()}
+        statics = [role for node in path.nodes for role in node.roles if role.tensor is not None]
+        self._others = [role for role in statics if role.may_require_gradient]
+        """Those that the signature says nothing of."""
+        self._setters: list[Any] = [node.event for node in path.nodes if node.kind == "requires_grad"]
+        present = path.fed_presence
+        self.feeds = {i: _Feed(last.role_of(i)[0], present.get(i)) for i in self.program.feeds.values()}
         kept: list[Any] = [node.arguments[1] for node in scheduled.nodes if node.target is tensor]
         self.slots: tuple[int, ...] = tuple(dict.fromkeys(kept))
         self.bare: frozenset[int] = frozenset(kept) - _seen_with_history(scheduled)
@@ -88,12 +99,26 @@ class TensorWork:
         placement = installed.placement
         if not placement.has_kept_memory() or not (is_laid_out or placement.has_kept_layouts()):
             raise CannotSpeculate("a parameter or buffer was replaced")
+        if not all(map(_requires_as_it_did, self._others)):
+            raise CannotSpeculate("a tensor requires a gradient that did not, or has hooks, or the other way round")
+        if any(has_hooks(self._set_by(event, given)) for event in self._setters):
+            raise CannotSpeculate("a tensor that is made to require a gradient has hooks")
         if torch.is_inference_mode_enabled() != self.program.is_inference:
             raise CannotSpeculate("the call enters or leaves inference mode")
         for plan in self._optimizers:
             if not plan.still_holds() or has_step_hooks(plan.optimizer):
                 raise CannotSpeculate(f"{type(plan.optimizer).__name__} is set otherwise")
         return GraphRunner(installed, feeds, given, {})
+
+    def set_requires_grad(self, given: dict[int, Any]) -> None:
+        """Do what the unit does of which tensors from outside require a gradient."""
+        for event in self._setters:
+            event.function(self._set_by(event, given), *event.arguments[1:], **event.keywords)
+
+    def _set_by(self, event: Any, given: dict[int, Any]) -> torch.Tensor:
+        index = event.arguments[0].index
+        role, _ = self.path.nodes[-1].role_of(index)
+        return given[index] if role.tensor is None else role.tensor
 
 
 def _seen_with_history(scheduled: Graph) -> set[Any]:
@@ -240,6 +265,7 @@ class SpeculatedUnit:
     def commit(self) -> None:
         """See `Unit.commit`."""
         (self._run or self._started()).commit_gradients()
+        self._work.set_requires_grad(self._given)
         self.is_committed = True
 
     def discard(self) -> None:
