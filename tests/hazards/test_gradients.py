@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tests.hazards.programs import MODES, Mode, Parts, accounted, runs_as_graph, same, stays_eager, training
+from twofold.capture.intercept import is_within_unit
 
 
 def plain(parts: Parts) -> Callable[..., Any]:
@@ -246,6 +247,31 @@ def test_hooks(register: Callable[..., Any], at: int, mode: Mode) -> None:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_optimizers_step_within_backward(mode: Mode) -> None:
+    """As a tutorial of PyTorch does, to save memory. Afterwards nobody listens any more."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in parts.model.parameters()}
+
+        def hook(parameter: torch.Tensor) -> None:
+            optimizers[parameter].step()
+            optimizers[parameter].zero_grad()
+
+        for parameter in parts.model.parameters():
+            parameter.register_post_accumulate_grad_hook(hook)
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            loss = parts.loss(x, y)
+            loss.backward()
+            return loss.detach()
+
+        return step
+
+    stays_eager(training(make), "tensor_hook", 24, mode)
+    assert not is_within_unit()
 
 
 def test_hook_on_an_intermediate_tensor() -> None:

@@ -337,8 +337,18 @@ def _prepare() -> None:
                 preparation()
 
 
+def _is_within_backward() -> bool:
+    """Whether PyTorch's engine runs in this thread: an optimizer that steps in a hook of it ends no unit.
+
+    Modes that are entered there would be gone when the engine returns.
+    """
+    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+
+
 def _before_step(optimizer: Optimizer, arguments: Any, keywords: Any) -> Any:
     _prepare()
+    if _is_within_backward():
+        return None
     landmarks.before_step()
     listener = _current.listener
     if listener is None:
@@ -348,6 +358,8 @@ def _before_step(optimizer: Optimizer, arguments: Any, keywords: Any) -> Any:
 
 
 def _after_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
+    if _is_within_backward():
+        return
     landmarks.after_step()
     listener = _current.listener
     if listener is not None:
