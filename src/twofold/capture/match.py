@@ -18,7 +18,7 @@ from twofold.graph import TensorSpec, current_ambient
 from .functions import is_plain
 from .gradients import has_hooks, presence_holds
 from .number_feeds import fits
-from .trace import Event, External, Made, Slot, leaves
+from .trace import Event, External, Made, Slot, leaves, memory_key
 
 Bound = dict[int, Any]
 Match = Callable[[Any, tuple[Any, ...], dict[str, Any], list[torch.Tensor], Bound], bool]
@@ -37,6 +37,8 @@ class Role:
     is_inference: bool
     is_lasting: bool
     """Whether it is a parameter, or an optimizer owns it: never fed."""
+    alias_of: int | None
+    """An earlier external that shows the same memory in the same way: one value of the graph."""
     is_number: bool
     written: Collection[int]
     """Storages that units write to, shared by all roles of a TraceGraph: a feed must not alias one."""
@@ -143,6 +145,8 @@ class _Emitter:
 
     def _emit_external(self, index: int, place: str) -> None:
         role, is_first = self._role_of(index)
+        is_first = is_first and index not in self._seen
+        self._seen.add(index)
         if role.tensor is not None:
             name = self.constant(role.tensor)
             self.terms.append(f"{place} is {name}")
@@ -151,11 +155,14 @@ class _Emitter:
                 self.terms.append(
                     f"not {name}.requires_grad" if is_plain else f"{self.constant(role)}.requires_as_it_did()"
                 )
-        elif is_first and index not in self._seen:
-            self._seen.add(index)
+        elif is_first:
             self.terms.append(f"B(X, {index}, {place}, {self.constant(role)})")
         else:
             self.terms.append(f"{place} is X[{index}]")
+        if is_first and role.alias_of is not None:
+            earlier = self._role_of(role.alias_of)[0].tensor
+            shown = f"X[{role.alias_of}]" if earlier is None else self.constant(earlier)
+            self.terms.append(f"N({place}) == N({shown})")
 
 
 def _bind(bound: Bound, index: int, tensor: Any, role: Role) -> bool:
@@ -172,7 +179,7 @@ def _compile_match(condition: str, names: int) -> Callable[..., Match]:
     scope: dict[str, Any] = {
         "E": equal_templates, "B": _bind, "L": leaves, "V": torch.Tensor,
         "G": torch.is_grad_enabled, "C": torch._C._is_any_autocast_enabled, "M": current_ambient,  # type: ignore[attr-defined]
-        "P": presence_holds, "H": has_hooks,
+        "P": presence_holds, "H": has_hooks, "N": memory_key,
     }  # fmt: skip
     exec(source, scope)
     return scope["make"]

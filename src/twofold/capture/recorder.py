@@ -42,8 +42,8 @@ from .history import Layout, Watch, following_nodes
 from .intercept import unheard, user_origin
 from .number_feeds import number_as_tensor
 from .output_history import DIFFERENTIATE, live_outputs, record_history
-from .trace import Event, EventKind, Number, Trace, leaves
-from .trace_writer import TraceWriter, memory_key
+from .trace import Event, EventKind, Number, Trace, leaves, memory_key
+from .trace_writer import TraceWriter
 
 MAX_EVENTS = 20_000
 """A unit longer than this is not a training step: recording it costs more than it can give back."""

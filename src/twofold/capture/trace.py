@@ -50,6 +50,19 @@ class Number:
     index: int
 
 
+def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Identify the memory a tensor shows: equal keys of live storages alias each other exactly."""
+    return (
+        tensor.untyped_storage()._cdata,
+        tensor.storage_offset(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Made:
     """What Python can see of a tensor made by a call, besides its contents."""
@@ -202,6 +215,8 @@ class Trace:
     external_numbers: list[int] = field(default_factory=list)
     external_specs: list[TensorSpec] = field(default_factory=list)
     """Each as it was when it was first used: what requires a gradient may change."""
+    external_firsts: list[int] = field(default_factory=list)
+    """The first external that shows the same memory in the same way: most often itself."""
     fed_numbers: set[int] = field(default_factory=set[int])
     """Externals that stand for Python numbers; see `number_feeds`."""
     arguments: dict[int, int] = field(default_factory=dict[int, int])

@@ -331,6 +331,7 @@ class TraceGraph:
             tensor.is_leaf,
             tensor.is_inference(),
             is_lasting,
+            first if (first := trace.external_firsts[index]) != index else None,
             is_number,
             self._written_storages,
             self.placeholders,
@@ -361,6 +362,8 @@ class TraceGraph:
 
     def _admits(self, node: PathNode, role: Role, trace: Trace, index: int) -> bool:
         tensor, spec = trace.externals[index], trace.external_specs[index]
+        if trace.external_firsts[index] != (index if role.alias_of is None else role.alias_of):
+            return False
         if role.tensor is tensor:
             return spec.requires_grad is role.spec.requires_grad
         if role.is_lasting or _is_lasting(tensor, trace) or spec != role.spec:

@@ -32,23 +32,11 @@ from .trace import (
     Slot,
     Trace,
     map_leaves,
+    memory_key,
     sample_of,
 )
 
 _TENSOR = torch.Tensor
-
-
-def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Identify the memory a tensor shows: equal keys of live storages alias each other exactly."""
-    return (
-        tensor.untyped_storage()._cdata,
-        tensor.storage_offset(),
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-        tensor.is_conj(),
-        tensor.is_neg(),
-    )
 
 
 def _refuse(trace: Trace, code: str, reason: str, origin: Origin | None = None) -> None:
@@ -166,6 +154,7 @@ class TraceWriter:
                 self._borrowed.append((tensor, tensor.detach().clone()))
         self.trace.external_numbers.append(number)
         self.trace.external_specs.append(TensorSpec.of(tensor))
+        self.trace.external_firsts.append(self.trace.external_numbers.index(number))
         self.trace.hidden.pop(number, None)
         self._remember(tensor, reference)
         return reference
@@ -184,7 +173,8 @@ class TraceWriter:
         """Take back the externals past the first `count`: what used them was no event of the unit."""
         for tensor in self.trace.externals[count:]:
             del self._references[id(tensor)], self._alive[id(tensor)]
-        del self.trace.externals[count:], self.trace.external_numbers[count:], self.trace.external_specs[count:]
+        del self.trace.externals[count:], self.trace.external_numbers[count:]
+        del self.trace.external_specs[count:], self.trace.external_firsts[count:]
         self.trace.fed_numbers = {index for index in self.trace.fed_numbers if index < count}
 
     def rename(self, tensor: torch.Tensor, placeholder: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from twofold.capture.functions import NUMBER_READS
 from twofold.capture.gradients import has_hooks
 from twofold.capture.number_feeds import number_tensor
 from twofold.capture.recorder import has_step_hooks
-from twofold.capture.trace import External, Slot, leaves
+from twofold.capture.trace import External, Slot, leaves, memory_key
 from twofold.capture.trace_graph import Path, PathNode, Role
 from twofold.convert.from_traces import Program
 from twofold.convert.speculation.speculation import Generator, commit, draw_by, launch, rewinding, step, tensor
@@ -70,13 +70,14 @@ class TensorWork:
         self.program: Program = path.program
         self.learn = learn
         self._optimizers = tuple(self.program.optimizers.values())
-        last = path.nodes[-1]
-        statics = [role for node in path.nodes for role in node.roles if role.tensor is not None]
-        self._others = [role for role in statics if role.may_require_gradient]
-        """Those that the signature says nothing of."""
+        self._roles = [role for node in path.nodes for role in node.roles]
+        """Of the tensors that the unit is given, in order."""
+        self._others = [role for role in self._roles if role.tensor is not None and role.may_require_gradient]
+        """The statics that the signature says nothing of."""
+        self._aliases = [(i, role.alias_of) for i, role in enumerate(self._roles) if role.alias_of is not None]
         self._setters: list[Any] = [node.event for node in path.nodes if node.kind == "requires_grad"]
-        present = path.fed_presence
-        self.feeds = {i: _Feed(last.role_of(i)[0], present.get(i)) for i in self.program.feeds.values()}
+        fed = [(index, role) for index, role in enumerate(self._roles) if role.tensor is None]
+        self.feeds = {index: _Feed(role, path.fed_presence.get(index)) for index, role in fed}
         kept: list[Any] = [node.arguments[1] for node in scheduled.nodes if node.target is tensor]
         self.slots: tuple[int, ...] = tuple(dict.fromkeys(kept))
         self.bare: frozenset[int] = frozenset(kept) - _seen_with_history(scheduled)
@@ -101,8 +102,11 @@ class TensorWork:
             raise CannotSpeculate("a parameter or buffer was replaced")
         if not all(map(_requires_as_it_did, self._others)):
             raise CannotSpeculate("a tensor requires a gradient that did not, or has hooks, or the other way round")
-        if any(has_hooks(self._set_by(event, given)) for event in self._setters):
+        if any(has_hooks(self._outside(event.arguments[0].index, given)) for event in self._setters):
             raise CannotSpeculate("a tensor that is made to require a gradient has hooks")
+        for index, earlier in self._aliases:
+            if memory_key(self._outside(index, given)) != memory_key(self._outside(earlier, given)):
+                raise CannotSpeculate("two tensors that showed the same memory are apart")
         if torch.is_inference_mode_enabled() != self.program.is_inference:
             raise CannotSpeculate("the call enters or leaves inference mode")
         for plan in self._optimizers:
@@ -113,12 +117,11 @@ class TensorWork:
     def set_requires_grad(self, given: dict[int, Any]) -> None:
         """Do what the unit does of which tensors from outside require a gradient."""
         for event in self._setters:
-            event.function(self._set_by(event, given), *event.arguments[1:], **event.keywords)
+            event.function(self._outside(event.arguments[0].index, given), *event.arguments[1:], **event.keywords)
 
-    def _set_by(self, event: Any, given: dict[int, Any]) -> torch.Tensor:
-        index = event.arguments[0].index
-        role, _ = self.path.nodes[-1].role_of(index)
-        return given[index] if role.tensor is None else role.tensor
+    def _outside(self, index: int, given: dict[int, Any]) -> torch.Tensor:
+        tensor = self._roles[index].tensor
+        return given[index] if tensor is None else tensor
 
 
 def _seen_with_history(scheduled: Graph) -> set[Any]:
