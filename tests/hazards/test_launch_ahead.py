@@ -203,3 +203,60 @@ def test_the_harness_sees_a_unit_that_is_misled(ahead: list[int], monkeypatch: p
     monkeypatch.setattr(GraphRunner, "is_misled", False)
     with pytest.raises(AssertionError):
         assert_same(training(make_targets(replace), model=wide_net, optimizer=slowly), 3 * STEPS, EXACT)
+
+
+def given_pairs(pair: Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """A step that uses its second argument only after it has read a number, and then reads a gradient of the first."""
+
+    def make_step(parts: Parts) -> Callable[..., Any]:
+        norms = parts.seen.setdefault("norms", [])
+
+        def step(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            parts.optimizer.zero_grad()
+            hidden = parts.model[0](left)
+            norms.append(float(hidden.detach().norm()))
+            loss = (parts.model[1:](hidden) - 2 * parts.model(right)).square().mean()
+            loss.backward()
+            norms.append(0.0 if left.grad is None else float(left.grad.norm()))
+            parts.optimizer.step()
+            return loss.detach()
+
+        return step
+
+    def build() -> Any:
+        program = training(make_step, model=wide_net, optimizer=slowly)()
+        batches = program.batches
+        program.batches = lambda number: pair(number, batches(number)[1])
+        return program
+
+    return build
+
+
+def leaves_that_are_one(number: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    left, right = x.clone().requires_grad_(), (x + 1).requires_grad_()
+    return left, left if number % 8 == 7 else right
+
+
+def leaves_with_gradients(number: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    left, right = x.clone().requires_grad_(), (x + 1).requires_grad_()
+    if number % 8 == 7:
+        left.grad = torch.ones_like(x)
+    return left, right
+
+
+def leaves_that_keep_gradients(number: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    left, right = leaves_with_gradients(7, x)
+    return (left, left) if number % 8 == 7 else (left, right)
+
+
+def one_memory(number: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x, x.detach() if number % 8 != 7 else x + 1
+
+
+@pytest.mark.parametrize("pair", [leaves_that_are_one, leaves_with_gradients, leaves_that_keep_gradients, one_memory])
+def test_arguments_are_otherwise_than_foretold(
+    pair: Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]], ahead: list[int]
+) -> None:
+    report = assert_same(given_pairs(pair), 3 * STEPS, EXACT)
+    assert report["graph_iterations"] >= STEPS
+    assert ahead or pair is leaves_that_keep_gradients

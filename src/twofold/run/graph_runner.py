@@ -133,8 +133,10 @@ class GraphRunner:
 
     def _take_fed_leaves(self) -> None:
         """Look at the leaves that Python has given by now, and at their gradients from before the unit."""
-        bound = {leaf: self._given[leaf] for leaf in self.installed.fed_leaves if leaf in self._feeds}
-        self.installed.check_leaves(bound.values())
+        leaves = self.installed.fed_leaves
+        bound = {leaf: self._given[leaf] for leaf in leaves if leaf in self._feeds}
+        foretold = {leaf: self._foretold[leaf] for leaf in leaves if leaf in self._foretold}
+        self.installed.check_leaves((foretold | bound).values())
         for entry, leaf in self.installed.entries:
             if isinstance(leaf, int) and leaf in bound:
                 self.environment[entry] = bound[leaf].grad
