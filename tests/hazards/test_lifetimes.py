@@ -520,6 +520,25 @@ def test_parts_of_an_input_are_kept(parts_of: Callable[[torch.Tensor], Any], eng
     runs_as_graph(training(make), 10, engine=engine)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("is_used", [False, True], ids=["kept", "used"])
+def test_parts_of_a_weight_are_kept_while_it_is_stepped_on(is_used: bool, mode: Mode) -> None:
+    """Autograd tells nothing of them then, and raises where it is asked."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            first, second = parts.model[0].weight.chunk(2)
+            loss = (F.linear(x, first) * F.linear(x, second)).pow(2).mean()
+            loss.backward()
+            parts.optimizer.step()
+            return loss, second.detach() if is_used else None
+
+        return step
+
+    stays_eager(training(make), "unsupported_call", 8, mode)
+
+
 def test_gradients_are_accumulated_over_parts_of_a_batch_from_some_step_on() -> None:
     """Units end at the second part then: no round without a step was known before."""
 

@@ -53,7 +53,10 @@ MAX_STEPS = 4
 
 _TENSOR = torch.Tensor
 
-UNUSUAL_TENSOR = "a tensor subclass, one that is sparse or no plain memory else, or one of a function transform is used"
+UNUSUAL_TENSOR = (
+    "a tensor subclass, one that is sparse or no plain memory else, one of a function transform, or a part of a split "
+    "tensor that was changed in place is used"
+)
 
 
 class Recorder:
