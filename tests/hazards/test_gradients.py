@@ -669,6 +669,57 @@ def test_gradients_are_edited(mode: Mode) -> None:
     runs_as_graph(training(make), 10, mode)
 
 
+def copied_weights(parts: Parts) -> list[torch.Tensor]:
+    """Weights in another precision, which require no gradient and are stepped on, as of a model in half precision."""
+    copies = [parameter.detach().double() for parameter in parts.model.parameters()]
+    parts.seen["copies"] = copies
+    parts.optimizer = torch.optim.SGD(copies, 0.1, momentum=0.9)
+    return copies
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("assigned", [True, False], ids=["assigned", "copied"])
+def test_gradients_of_copied_weights(assigned: bool, mode: Mode) -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        copies = copied_weights(parts)
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.model.zero_grad()
+            loss = parts.loss(x, y)
+            loss.backward()
+            for copy, parameter in zip(copies, parts.model.parameters(), strict=True):
+                if assigned:
+                    copy.grad = parameter.grad.double()
+                    continue
+                if copy.grad is None:
+                    copy.grad = torch.empty_like(copy)
+                copy.grad.copy_(parameter.grad)
+            parts.optimizer.step()
+            with torch.no_grad():
+                for copy, parameter in zip(copies, parts.model.parameters(), strict=True):
+                    parameter.copy_(copy)
+            return loss.item()
+
+        return step
+
+    runs_as_graph(training(make), 10, mode)
+
+
+def test_gradient_of_what_requires_none_comes_and_goes_outside() -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        parts.seen["weights"] = weights = torch.ones(4)
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            return weights.grad is None, parts.train(x, y)
+
+        return step
+
+    def between(number: int, parts: Parts) -> None:
+        parts.seen["weights"].grad = None if number % 5 < 3 else torch.full((4,), float(number))
+
+    runs_as_graph(training(make, between=between), 20)
+
+
 def test_gradient_from_outside() -> None:
     def make(parts: Parts) -> Callable[..., Any]:
         mine = torch.full((8,), 0.5)

@@ -497,6 +497,68 @@ def test_view_of_an_input_is_written_outside() -> None:
         accounted(training(make, between=between), 10, mode)
 
 
+PARTS: list[Callable[[torch.Tensor], Any]] = [
+    lambda x: x.chunk(2),
+    lambda x: x.split([1, 2, 3])[1:],
+    lambda x: x.unbind()[3],
+    lambda x: [part.t() for part in x.tensor_split(3)],
+    lambda x: x.chunk(2, 1)[1].chunk(3)[2],
+]
+
+
+@pytest.mark.parametrize("engine", ["coexecution", "speculation"])
+@pytest.mark.parametrize("parts_of", PARTS, ids=["chunks", "later", "row", "turned", "part of a part"])
+def test_parts_of_an_input_are_kept(parts_of: Callable[[torch.Tensor], Any], engine: str) -> None:
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            kept = parts_of(x)
+            parts.train(x, y)
+            return kept
+
+        return step
+
+    runs_as_graph(training(make), 10, engine=engine)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("is_used", [False, True], ids=["kept", "used"])
+def test_parts_of_a_weight_are_kept_while_it_is_stepped_on(is_used: bool, mode: Mode) -> None:
+    """Autograd tells nothing of them then, and raises where it is asked."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            parts.optimizer.zero_grad()
+            first, second = parts.model[0].weight.chunk(2)
+            loss = (F.linear(x, first) * F.linear(x, second)).pow(2).mean()
+            loss.backward()
+            parts.optimizer.step()
+            return loss, second.detach() if is_used else None
+
+        return step
+
+    stays_eager(training(make), "unsupported_call", 8, mode)
+
+
+def test_gradients_are_accumulated_over_parts_of_a_batch_from_some_step_on() -> None:
+    """Units end at the second part then: no round without a step was known before."""
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            pieces = 1 if number < 5 else 2
+            parts.optimizer.zero_grad()
+            losses: list[float] = []
+            for some, wanted in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
+                loss = parts.loss(some, wanted)
+                loss.backward()
+                losses.append(loss.item())
+            parts.optimizer.step()
+            return losses
+
+        return step
+
+    runs_as_graph(training(make), 12, "program")
+
+
 def test_gradient_object_is_kept() -> None:
     def make(parts: Parts) -> Callable[..., Any]:
         def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:

@@ -122,8 +122,17 @@ PLAIN_TENSORS: Final[frozenset[type[torch.Tensor]]] = frozenset({torch.Tensor, t
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether it is a tensor that PyTorch made, and shows memory: none that is sparse, nested or laid out by oneDNN."""
-    return type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided and not tensor.is_nested
+    """Whether it is a tensor that PyTorch made, shows memory, and has a history that autograd tells.
+
+    None that is sparse, nested or laid out by oneDNN, and no part of a split tensor that was changed in place since.
+    """
+    if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
+        return False
+    try:
+        _ = tensor.is_leaf
+    except RuntimeError:
+        return False
+    return True
 
 
 CONTENT_QUESTIONS: Final[frozenset[Any]] = frozenset(

@@ -61,7 +61,8 @@ class EntryGradients:
     def note(self, tensors: Iterable[torch.Tensor], are_owned: bool = False) -> None:
         """Take note of the gradients that leaves have before a call uses them for the first time.
 
-        `are_owned`: they belong to an optimizer or a module, which deal with all that they own.
+        `are_owned`: they belong to an optimizer or a module, which deal with all that they own, or to code that asks
+        for their gradients or sets them.
         """
         for tensor in tensors:
             identity = id(tensor)

@@ -37,6 +37,7 @@ from . import landmarks
 from .dispatcher import ask_where_modes_are, keep_asking_after_inference_mode
 from .dynamo import keep_from_dynamo
 from .leaf_modules import leaf_call
+from .warned_lines import name_lines_of_program
 
 NO_KEYWORDS: dict[str, Any] = {}
 
@@ -600,6 +601,7 @@ def install_patches() -> None:
     _prepare_before_changes_of_modules()
     _call_leaf_modules_at_once()
     _shorten_python_functions()
+    name_lines_of_program()
     keep_from_dynamo(
         (_FunctionMode.__torch_function__, _DispatchMode.__torch_dispatch__, _ask),
         lambda: _current.listener is not None,

@@ -53,7 +53,10 @@ MAX_STEPS = 4
 
 _TENSOR = torch.Tensor
 
-UNUSUAL_TENSOR = "a tensor subclass, one that is sparse or no plain memory else, or one of a function transform is used"
+UNUSUAL_TENSOR = (
+    "a tensor subclass, one that is sparse or no plain memory else, one of a function transform, or a part of a split "
+    "tensor that was changed in place is used"
+)
 
 
 class Recorder:
@@ -409,14 +412,16 @@ class Recorder:
     def _look_at_gradients(self, function: Any, given: list[torch.Tensor], origin: Origin | None) -> None:
         gradients = self._writer.gradients
         self._note_leaves(given)
+        if function in DROPS or function in READS:  # a gradient can be given to what requires none, and stepped on
+            self._note_leaves(given[:1], are_owned=True)
         if function in COPIES and (gradients.is_of_unit(given[0]) or self._writer.has_gradient_of_unit(given[0])):
             self.refuse("unsupported_call", "a leaf is copied with the gradient that the unit gave it", origin)
         if function in READS:
             gradients.look_at(given[:1])
 
-    def _note_leaves(self, tensors: Iterable[torch.Tensor]) -> None:
+    def _note_leaves(self, tensors: Iterable[torch.Tensor], are_owned: bool = False) -> None:
         """Take note of gradients from before the unit: leaves that it made itself have none."""
-        self._writer.gradients.note(tensor for tensor in tensors if not self._writer.is_made_here(tensor))
+        self._writer.gradients.note((one for one in tensors if not self._writer.is_made_here(one)), are_owned)
 
     def _touches_unit(self, tensors: list[torch.Tensor]) -> bool:
         return any(self._writer.is_known_memory(tensor) or tensor.requires_grad for tensor in tensors)

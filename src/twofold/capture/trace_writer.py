@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from twofold.graph import Ambient, Origin, TensorSpec
 
-from .functions import display_name, is_mutable, is_random
+from .functions import display_name, is_mutable, is_plain, is_random
 from .gradients import EntryGradients
 from .history import following_nodes, held_by_python, saves_tensors
 from .intercept import unheard, user_origin
@@ -109,7 +109,7 @@ class TraceWriter:
 
     def has_gradient_of_unit(self, tensor: torch.Tensor) -> bool:
         """Whether it is a leaf that the unit made, and has a gradient."""
-        return tensor.is_leaf and self.is_made_here(tensor) and tensor.grad is not None
+        return self.is_made_here(tensor) and is_plain(tensor) and tensor.is_leaf and tensor.grad is not None
 
     def is_known_memory(self, tensor: torch.Tensor) -> bool:
         """Whether the unit has seen memory of this storage."""
@@ -261,6 +261,8 @@ class TraceWriter:
             reference = self._references[identity]
             if isinstance(reference, External):
                 self.refuse("unsupported_call", "a tensor from outside is given autograd history in place")
+            elif not is_plain(tensor):
+                self.refuse("unsupported_call", "a part of a split tensor is kept while that is changed in place")
             else:
                 remade.append((reference.index, _made(tensor)))
         self._touched.clear()

@@ -222,12 +222,13 @@ class GraphRunner:
     def _view_of(self, value: Value, root: Value, tensor: torch.Tensor) -> torch.Tensor:
         environment: Environment = {root: tensor}
         chain: list[Node] = []
-        while value != root and value not in environment:
-            chain.append(self.program.views[value])
-            value = chain[-1].operands[0]
+        shown = value
+        while shown not in environment:
+            chain.append(self.program.views[shown])
+            shown = chain[-1].operands[0]
         for node in reversed(chain):
             run_node(node, environment)
-        return environment[chain[0].results[0]] if chain else tensor
+        return environment[value]
 
     def residual(self, value: Value) -> torch.Tensor:
         """Return what a later backward reads: the program's own object, where it is one, or a computed value."""
@@ -311,22 +312,33 @@ def _saved_step(plan: OptimizerPlan) -> Callable[[], None]:
     return undo
 
 
+ALIGNMENT = 64
+"""Where PyTorch's memory on the CPU begins, in bytes. Kernels take what begins elsewhere in another order."""
+
+
 def feed_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what a feed holds now, laid out as it is, safe from later changes by Python.
+    """Return what a feed holds now, laid out and aligned as it is, safe from later changes by Python.
 
     On the CPU, NumPy may write to the same memory unseen.
     """
     if is_read_in_order(tensor):
         return tensor
     given = tensor.detach()
-    copy, stride = given.clone(), given.stride()
-    if copy.stride() == stride:
-        return copy
+    stride, beyond = given.stride(), given.data_ptr() % ALIGNMENT
+    if not beyond:
+        copy = given.clone()
+        if copy.stride() == stride:
+            return copy
     # A copy of some columns of a matrix is dense, and kernels that were compiled for the columns do not take it.
-    if not _may_overlap(given):
-        return torch.empty_strided(given.shape, stride, dtype=given.dtype, device=given.device).copy_(given)
-    span = 1 + sum((size - 1) * step for size, step in zip(given.shape, stride, strict=True))
-    return given.as_strided((span,), (1,)).clone().as_strided(given.shape, stride, 0)
+    span = 1 + sum((size - 1) * step for size, step in zip(given.shape, stride, strict=True) if size)
+    start = beyond // given.element_size()
+    memory = torch.empty(start + span, dtype=given.dtype, device=given.device)
+    copy = memory.as_strided(given.shape, stride, start)
+    if _may_overlap(given):
+        memory[start:].copy_(given.as_strided((span,), (1,)))
+    else:
+        copy.copy_(given)
+    return copy
 
 
 def _may_overlap(tensor: torch.Tensor) -> bool:

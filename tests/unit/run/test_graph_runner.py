@@ -225,6 +225,7 @@ def test_a_feed_is_safe_from_later_changes():
         torch.arange(12.0).view(3, 4),
         torch.arange(12.0).view(3, 4).t(),
         torch.arange(123.0).view(3, 41)[:, 8:12],
+        torch.arange(60.0).view(12, 5)[6:],
         torch.arange(60.0).view(3, 4, 5)[:, 1::2, ::3],
         torch.arange(3.0).view(3, 1).expand(3, 4),
         torch.arange(9.0).unfold(0, 4, 2),
@@ -232,11 +233,26 @@ def test_a_feed_is_safe_from_later_changes():
         torch.tensor(3.0),
         torch.empty(0, 4),
     ],
-    ids=["whole", "transposed", "columns", "parts", "expanded", "overlapping", "single column", "number", "empty"],
+    ids=[
+        "whole",
+        "transposed",
+        "columns",
+        "later rows",
+        "parts",
+        "expanded",
+        "overlapping",
+        "single column",
+        "number",
+        "empty",
+    ],
 )
 def test_a_feed_is_copied_as_it_is_laid_out(feed: torch.Tensor) -> None:
-    """Compiled kernels take nothing else: what was recorded were columns, and a clone of columns is dense."""
+    """Compiled kernels take nothing else: what was recorded were columns, and a clone of columns is dense.
+
+    Products of what begins elsewhere than memory does are summed in another order.
+    """
     copy = feed_copy(feed)
     assert torch.equal(copy, feed)
     assert copy.stride() == feed.stride()
+    assert copy.data_ptr() % 64 == feed.data_ptr() % 64
     assert copy.untyped_storage().data_ptr() != feed.untyped_storage().data_ptr() or not feed.numel()
