@@ -120,13 +120,13 @@ class Builder:
             return
         path.stale = False
 
-    def poll(self, path: Path, accelerator: bool) -> None:
+    def poll(self, path: Path, accelerator: bool, units: int = 1) -> None:
         """Swap in tier 2 where its kernels have arrived. Called between two units, for the path that is likely next.
 
-        Of the other paths that begin alike, one is looked at each time.
+        `units`: so many have run since it was called last. Of the other paths that begin alike, one is looked at.
         """
         contest = self._contest(path)
-        contest.take_rest()
+        contest.take_rest(units)
         self._poll(path, contest, accelerator)
         if contest.is_mixed:
             contest.polled = (contest.polled + 1) % len(contest.paths)
@@ -199,8 +199,7 @@ class Builder:
         """Whether the next unit's time counts, so that the device must be idle at both ends."""
         if path is None or path not in self._states:
             return False
-        contest = self._contest(path)
-        return contest.trial is not None or self._trial_now(contest) is not None
+        return self._trial_now(self._contest(path)) is not None
 
     def choose(self, path: Path) -> None:
         """Set what the next unit of a path runs on: the tier on trial or the best accepted, in turns; None: eagerly."""

@@ -132,11 +132,11 @@ class Contest:
         """Have a tier tried once more, some units from now."""
         self.last_trial, self.rest = tier, LAST_TRIAL_AFTER
 
-    def take_rest(self) -> None:
-        """Count a unit; begin the last trial when it is due."""
+    def take_rest(self, units: int) -> None:
+        """Count units; begin the last trial when it is due."""
         if self.last_trial is None or self.trial is not None:
             return
-        self.rest -= 1
+        self.rest -= units
         if self.rest <= 0:
             tier, self.last_trial = self.last_trial, None
             self.begin_trial(tier)

@@ -259,6 +259,16 @@ def rest(builder: Builder, path: Path) -> None:
     assert builder.is_timing(path)
 
 
+def test_units_between_two_looks_count_until_the_compiled_tier_is_tried_once_more(orders: Orders):
+    builder = make_builder(numerics="fused")
+    path = on_kernels(builder, orders, 0.0015)
+    for _ in range(2):
+        assert not builder.is_timing(path)
+        builder.poll(path, accelerator=False, units=LAST_TRIAL_AFTER // 2)
+        builder.choose(path)
+    assert builder.is_timing(path)
+
+
 def on_kernels(builder: Builder, orders: Orders, seconds: float) -> Path:
     """Have kernels judged whose units take so long, against 1 ms of replay and 2 of eager execution."""
     path = on_replay(builder)
@@ -312,7 +322,8 @@ def test_nothing_is_judged_just_after_a_compiler_was_at_work(orders: Orders, mon
     for _ in range(4 * MOST_SAMPLES):
         builder.choose(path)
         builder.note_graph(path, 100.0)
-    assert builder.is_timing(path)
+    assert not builder.is_timing(path)
+    assert not any("dropped inductor" in text for _, text in builder.account.decisions)
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
