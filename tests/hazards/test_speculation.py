@@ -121,6 +121,41 @@ def test_parameter_that_is_replaced() -> None:
     assert failed(report) or report["misses"]
 
 
+def of_an_object(parts: Parts) -> None:
+    parts.seen["worker"].weigh = lambda x: x * 3
+
+
+def of_the_optimizer(parts: Parts) -> None:
+    parts.optimizer.zero_grad = lambda: parts.seen.update(cleared=True)
+
+
+def of_the_model(parts: Parts) -> None:
+    parts.model.parameters = lambda: iter(list(nn.Module.parameters(parts.model))[1:])
+
+
+@pytest.mark.parametrize("give", [of_an_object, of_the_optimizer, of_the_model])
+def test_method_that_an_object_is_given_of_its_own(give: Callable[[Parts], None]) -> None:
+    class Worker:
+        def weigh(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    def make(parts: Parts) -> Step:
+        worker = parts.seen["worker"] = Worker()
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            loss = parts.train(worker.weigh(x), y)
+            return loss, sum(p.detach().sum() for p in parts.model.parameters())
+
+        return step
+
+    def between(number: int, parts: Parts) -> None:
+        if number == 14:
+            give(parts)
+
+    report = speculates(training(make, between=between), 24)
+    assert failed(report) == {"identity": 1}
+
+
 def test_list_that_grows() -> None:
     def make(parts: Parts) -> Step:
         parts.seen["weights"] = [1.0, 2.0]
