@@ -34,8 +34,8 @@ _NUMPY = (
     " ravel reshape round sign sin sort sqrt square squeeze stack std subtract sum tan tanh tile transpose trunc"
     " unique var vstack where zeros zeros_like"
     " arccos arcsin arctan arctan2 argwhere can_cast count_nonzero cosh deg2rad flatnonzero flip fmax fmin hypot"
-    " identity inner interp isin issubdtype logaddexp nan_to_num nanmax nanmean nanmin nansum rad2deg result_type rint roll"
-    " searchsorted sinh"
+    " identity inner interp isin issubdtype logaddexp nan_to_num nanmax nanmean nanmin nansum rad2deg"
+    " result_type rint roll searchsorted sinh"
 )
 _NUMPY_TYPES = (
     np.float64, np.float32, np.float16, np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_, np.dtype,
