@@ -156,6 +156,39 @@ def test_method_that_an_object_is_given_of_its_own(give: Callable[[Parts], None]
     assert failed(report) == {"identity": 1}
 
 
+def trains_again(layers: Any) -> None:
+    layers.train()
+
+
+def is_watched(layers: Any) -> None:
+    layers.layers[1].register_forward_hook(lambda module, given, made: made * 2)
+
+
+def requires_gradients(layers: Any) -> None:
+    layers.requires_grad_(True)
+
+
+@pytest.mark.parametrize("disturb", [None, trains_again, is_watched, requires_gradients])
+def test_fused_layers_of_a_transformer(disturb: Callable[[Any], None] | None) -> None:
+    """In evaluation they ask whether somebody hears their calls, which nobody does in a call without its Python."""
+
+    def make(parts: Parts) -> Step:
+        layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), 2).eval()
+        layers.requires_grad_(False)
+        parts.seen["layers"] = [layers]
+
+        def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+            return parts.train(layers(x.unsqueeze(0))[0], y)
+
+        return step
+
+    def between(number: int, parts: Parts) -> None:
+        if number == 14 and disturb is not None:
+            disturb(parts.seen["layers"][0])
+
+    speculates(training(make, between=between), 28, at_least=20 if disturb is None else 8)
+
+
 def test_list_that_grows() -> None:
     def make(parts: Parts) -> Step:
         parts.seen["weights"] = [1.0, 2.0]

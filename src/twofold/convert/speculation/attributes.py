@@ -142,7 +142,7 @@ class Attributes(Objects):
         order = self.type_of(item.receiver).__mro__
         for owner in order[order.index(item.owner) + 1 :]:
             if name in vars(owner):
-                return self._bind(vars(owner)[name], item.receiver, owner, name)
+                return self.bind(vars(owner)[name], item.receiver, owner, name)
         raise Raised(AttributeError(name))
 
     def _attribute_of_object(self, item: Outside | Instance, name: str) -> Item:
@@ -153,13 +153,13 @@ class Attributes(Objects):
         if isinstance(kind.__getattribute__, types.FunctionType):
             raise self.refuse("unsupported_object", f"{kind.__qualname__} defines __getattribute__")
         if found is not None and is_data_descriptor(found[1]):
-            return self._bind(found[1], item, found[0], name)
+            return self.bind(found[1], item, found[0], name)
         own = self._own_attribute(item, name)
         if own is not None:
             return own
         if found is not None:
             self._assume_not_own(item, name)
-            return self._bind(found[1], item, found[0], name)
+            return self.bind(found[1], item, found[0], name)
         if isinstance(item, Outside) and isinstance(item.object, nn.Module):
             held = self._module_attribute(item, name)
             if held is not None:
@@ -185,7 +185,7 @@ class Attributes(Objects):
     def _assume_not_own(self, item: Outside | Instance, name: str) -> None:
         """Assume that an object has nothing of its own under the name of what its class defines."""
         if isinstance(item, Outside) and isinstance(getattr(item.object, "__dict__", None), dict):
-            place = Place(f"{name!r} in vars({item.place.name})", (id(item.object), "vars", name), False)
+            place = Place(f"vars({item.place.name}) without {name!r}", (id(item.object), "vars", name), False)
             self.host.assume_once(place, inherits, item.value, name)
 
     def _module_attribute(self, item: Outside, name: str) -> Item | None:
@@ -198,7 +198,7 @@ class Attributes(Objects):
                 return self.heap.read(holder, "get_item", name)
         return None
 
-    def _bind(self, found: Any, item: Item, owner: type, name: str) -> Item:
+    def bind(self, found: Any, item: Item, owner: type, name: str) -> Item:
         """Return what a name defined by a class is when it is read from an instance."""
         match found:
             case types.FunctionType():

@@ -294,7 +294,8 @@ class Calls(TorchCalls):
             if call is not None:
                 tensors = [self.attribute(item, name) for name in (*leaf.parameters, *leaf.buffers)]
                 return self.native(call, [*tensors, *arguments], keywords)
-        return self.call(self.attribute(item, "forward"), arguments, keywords)
+        owner, forward = find_in_class(kind, "forward") or (nn.Module, nn.Module.forward)
+        return self.call(self.bind(forward, item, owner, "forward"), arguments, keywords)
 
     def _assume_no_hooks(self, item: Outside) -> None:
         if not unhooked(item.object) or any(getattr(_hooks, name) for name in _GLOBAL_HOOKS):
