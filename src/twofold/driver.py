@@ -186,6 +186,8 @@ class Driver:
             return MISSED
         self._begin_unit()
         result, path = self.speculator.call(function, arguments, keywords, self._signature, self._root, self._laid_out)
+        if self.speculator.cache.stopped and self.account.speculated_iterations:
+            self.builder.judge_again()
         if path is not None:
             self.account.speculated_iterations += 1
             self._end_unit(path, None, self._signature)

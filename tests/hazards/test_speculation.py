@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import twofold
 from tests.hazards.programs import Parts, runs_as_graph, same, summary, training
 from twofold.convert.speculation import schedule
+from twofold.run.builder import Builder
 from twofold.run.graph_runner import GraphRunner
 from twofold.run.speculation import cache
 
@@ -299,9 +300,20 @@ def test_branch_on_a_tensor_that_goes_either_way_in_runs_has_a_graph_for_each() 
     assert report["engine"] == "speculation"
 
 
-def test_branch_on_a_tensor_that_goes_another_way_in_most_calls_is_given_up() -> None:
-    """Each way has a graph, but two calls of three are launched twice."""
-    report = decided_by_a_tensor(90, lambda number: number % 3 == 0)
+def test_branch_on_a_tensor_that_goes_another_way_now_and_then_is_launched_twice_only_then() -> None:
+    """The way of the call before was tried first, which was wrong twice: in that call, and in the next."""
+    report = decided_by_a_tensor(120, lambda number: number % 8 == 7)
+    assert report["speculated_iterations"] >= 95, {**summary(report), "refusals": report["refusals"]}
+    assert report["discards"] <= 20
+    assert report["engine"] == "speculation"
+
+
+def test_branch_on_a_tensor_that_goes_another_way_in_most_calls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way has a graph, but nearly all calls are launched twice. What was kept is slower without."""
+    judged: list[int] = []
+    monkeypatch.setattr(Builder, "judge_again", lambda self: judged.append(self.account.iterations))
+    report = decided_by_a_tensor(90, lambda number: number % 4 > 1)
+    assert len(judged) == 1
     assert "assumption_failed" in {entry["code"] for entry in report["fallbacks"]}
     assert report["engine"] == "coexecution"
 

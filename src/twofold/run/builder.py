@@ -271,6 +271,14 @@ class Builder:
             contest = self._contests[root] = Contest()
         return contest
 
+    def judge_again(self) -> None:
+        """Compare what was kept with eager execution once more: units take longer than when it was judged."""
+        self.settled.clear()
+        for contest in self._contests.values():
+            contest.accepted = contest.accepted[-1:]
+            if contest.trial is not None or contest.accepted:
+                contest.begin_trial(contest.best if contest.trial is None else contest.trial.tier)
+
     def _judge(self, contest: Contest, trial: Trial, verdict: tuple[float, float]) -> None:
         """Accept or reject the tier on trial. One that was compiled is tried once more later."""
         is_accepted = verdict[0] < MARGIN * verdict[1]

@@ -303,6 +303,22 @@ def test_kernels_that_were_kept_are_compared_with_eager_execution_later(orders: 
     assert builder.settled == {path}
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0015, "inductor"), (0.0025, None)])
+def test_what_was_kept_is_compared_with_eager_execution_where_units_take_longer(
+    orders: Orders, seconds: float, expected: str | None
+):
+    """Speculation was given up: the units that were judged ran without their Python."""
+    builder = make_builder(numerics="fused")
+    path = on_kernels(builder, orders, 0.0005)
+    rest(builder, path)
+    try_out(builder, path, 0.0005, 0.002)
+    assert builder.settled == {path}
+    builder.judge_again()
+    assert set(try_out(builder, path, seconds, 0.002)) == {"inductor", "eager"}
+    assert backend(path) == expected
+    assert path.blocked == (None if expected else "not_faster")
+
+
 def compiles(monkeypatch: pytest.MonkeyPatch, is_compiling: bool) -> None:
     monkeypatch.setattr(builder_module, "is_compiling", lambda: is_compiling)
 
