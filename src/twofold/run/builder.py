@@ -29,7 +29,7 @@ from twofold.graph import MalformedGraphError, inference_mode
 from twofold.options import Options, has_cpp_compiler
 
 from .account import Account
-from .contest import EAGER, MARGIN, Contest, Trial
+from .contest import EAGER, MARGIN, MAX_MISSED, Contest, Trial
 from .graph_runner import RandomState
 from .installed import Installed, example_environment
 from .pace import Pace, Work
@@ -134,12 +134,15 @@ class Builder:
 
     def _poll(self, path: Path, contest: Contest, accelerator: bool) -> None:
         state = self._states.get(path)
-        if state is None or path.blocked or path.stale or contest.trial is not None:
+        if state is None or path.blocked or path.stale:
             return
-        if self._has_to_order(path, state, contest):
+        trial = contest.trial
+        if trial is None and self._has_to_order(path, state, contest):
             with self.pace.taking():
                 self._order(path, state, accelerator)
-        if not state.orders or not all(order.done() for order in state.orders):
+        if (trial is not None and trial.tier not in INDUCTOR) or not state.orders:
+            return  # kernels join a trial of kernels: on few paths that seldom come it would not end
+        if not all(order.done() for order in state.orders):
             return
         orders, state.orders = state.orders, []
         failure = next((order.exception() for order in orders if order.exception() is not None), None)
@@ -244,9 +247,12 @@ class Builder:
         state = self._states[path]
         tier = path.executable.executable.backend
         state.units[tier] += 1
-        trial = self._trial_now(self._contest(path))
+        contest = self._contest(path)
+        trial = self._trial_now(contest)
         if trial is not None and trial.tier not in state.tiers:
             trial.missed += 1
+            if trial.missed == MAX_MISSED and trial is contest.trial:
+                contest.put_trial_off()
         elif trial is not None and state.units[tier] > WARM_UP_UNITS:
             self._note(path, tier, seconds)
 
