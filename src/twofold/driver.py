@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from twofold.backends.compilation import is_compiling
 from twofold.capture.autocast import Region, begin_without_casts
 from twofold.capture.intercept import Interception, saved_tensor_hooks_in_force
 from twofold.capture.trace import Trace
@@ -92,6 +93,10 @@ class Driver:
         self._rest = 0
         """Units until the next look."""
         self._next_rest = 1
+        self._unseen = 0
+        """Units since the last look."""
+        self._rests_for_compiler = False
+        """Whether a compiler was at work when the rest began."""
         self._timing = False
         self._awaits_conversion = False
         """Whether calls like this one will soon run without their Python, so that its time tells nothing."""
@@ -118,7 +123,9 @@ class Driver:
         self._root = self.graph.root(self._signature)
         self._laid_out = None
         self._awaits_conversion = False
+        self._rest = 0
         self._mode = self.next_mode(self._root)
+        self._unseen = 0
         if self._rest == 0:
             self._next_rest = 1
         if self._mode is not Mode.IDLE:
@@ -132,10 +139,11 @@ class Driver:
         )
 
     def rests(self) -> bool:
-        """Whether the next unit runs eagerly without a look: the last found no graph that pays, and none to come."""
-        if self._rest == 0:
+        """Whether the next unit runs eagerly without a look: the last found no graph that runs, and none has come."""
+        if self._rest == 0 or (self._rests_for_compiler and not is_compiling()):
             return False
         self._rest -= 1
+        self._unseen += 1
         return True
 
     def end_rested(self, began: float) -> None:
@@ -150,10 +158,14 @@ class Driver:
         account.span("python", "eager", int(began * 1e9), int(ended * 1e9))
 
     def _begin_rest(self, at_most: int = MAX_REST) -> Mode:
-        """Have the next units run without a look, more of them each time, if no other path runs as a graph or may."""
-        if all(path.blocked for path in self.graph.paths):
+        """Have the next units run without a look, more of them each time, if no other path runs as a graph.
+
+        Where a compiler is at work, they do until it is done.
+        """
+        if all(path.executable is None for path in self.graph.paths):
             self._rest = min(self._next_rest, at_most)
             self._next_rest = min(2 * self._next_rest, MAX_REST)
+            self._rests_for_compiler = is_compiling()
         return Mode.IDLE
 
     def start(self) -> Mode:
@@ -174,6 +186,8 @@ class Driver:
             return MISSED
         self._begin_unit()
         result, path = self.speculator.call(function, arguments, keywords, self._signature, self._root, self._laid_out)
+        if self.speculator.cache.stopped and self.account.speculated_iterations:
+            self.builder.judge_again()
         if path is not None:
             self.account.speculated_iterations += 1
             self._end_unit(path, None, self._signature)
@@ -203,13 +217,13 @@ class Driver:
             return Mode.FOLLOW if self._others_run(root, path) else self._begin_rest()
         is_settled = path in self.builder.settled
         if not is_settled:
-            self.builder.poll(path, self.graph.has_accelerator)
+            self.builder.poll(path, self.graph.has_accelerator, 1 + self._unseen)
         if path.stale or (path.seen < self.options.warm_up and path.executable is None):
             return self._recording(root)
         if not is_settled:
             self.builder.choose(path)
         if path.executable is None:
-            return Mode.IDLE
+            return Mode.IDLE if self.builder.is_timing(path) else self._begin_rest()
         if path.executable.placement.has_kept_layouts():
             self._laid_out = path
             return Mode.FOLLOW

@@ -29,17 +29,17 @@ SPECULATED = {
     "inception_v3": 20,
     # Who learns is decided by a loss, late: a call that goes the other way is undone, and tried by another graph.
     "adversarial": 32,
+    # A worker gives up its copy of the model for that of the others, and plays in Gymnasium's environment.
+    "a3c": 28,
     # Each pattern of coins is a way of its own, to be met before it can be recorded, and again before it is converted.
     "coin_flip": 50,
 }
 """At least so many of the calls; the first three to thirteen, and one for each way, are eager or co-executed."""
 REFUSED = {
-    # transformers' Python is none of the libraries whose text is taken for the program's.
-    "bert": {"foreign_function"},
+    # The configuration of transformers defines how its attributes are read.
+    "bert": {"unsupported_object"},
     # The environment moves pendulums in place, and asks which of them have fallen.
     "actor_critic": {"late_decision"},
-    # `state_dict` writes an attribute of a dictionary; behind it waits Gymnasium's Python.
-    "a3c": {"unsupported_object"},
     # Several steps in one call: what comes behind the first unit is decided by tensors, or is one more unit. Which of
     # the two is met first depends on the way that was recorded last: after other tests it is another than alone.
     "ppo": {"late_decision", "several_units"},

@@ -1,6 +1,7 @@
 """What is checked before each unit in the steady state: each check is broken alone, and would be missed."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ from torch import nn
 import twofold
 from tests.differential import exact_backend
 from tests.hazards.programs import Parts, same, sgd, training
+from twofold import driver
+from twofold.backends.inductor import CompileFailed
 from twofold.capture.trace_graph import Path
 from twofold.convert.from_traces import OptimizerPlan
 from twofold.driver import MAX_REST, Driver, Mode
-from twofold.run.builder import Builder
+from twofold.run import builder
+from twofold.run.builder import Builder, PathState
 from twofold.run.contest import SAMPLES, Contest
 from twofold.run.placement import Placement
 from twofold.run.speculation import unit
@@ -411,6 +415,47 @@ def test_units_rest_where_no_tier_pays_until_something_else_comes(
         for number in range(300, 300 + MAX_REST + 2):
             step(*program.batches(number))
     assert twofold.report(step).to_dict()["paths"] == 2
+
+
+def test_units_rest_where_a_path_that_does_not_come_again_is_not_known_yet(
+    looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Contest, "settle", reject)
+
+    def make(parts: Parts) -> Callable[..., Any]:
+        return lambda number, x, y: parts.train(-x if number == 1 else x, y)
+
+    program = training(make)()
+    step = twofold.function(program.step, numerics="exact", background=False)
+    for number in range(300):
+        step(*program.batches(number))
+    assert twofold.report(step).to_dict()["paths"] == 2
+    since = [number for number in looks if number >= 100]
+    assert 200 // MAX_REST <= len(since) <= 200 // MAX_REST + 1
+
+
+def test_units_rest_while_a_compiler_is_at_work_and_no_longer(
+    looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels: Future[Any] = Future()
+
+    def order(_self: Builder, _path: Path, state: PathState, _accelerator: bool) -> None:
+        state.has_ordered, state.orders = True, [kernels]
+
+    monkeypatch.setattr(Builder, "_order", order)
+    monkeypatch.setattr(builder, "QUIET_SECONDS", 1e-6)
+    for module in (driver, builder):
+        monkeypatch.setattr(module, "is_compiling", lambda: not kernels.done())
+    program = training(lambda parts: lambda number, x, y: parts.train(x, y))()
+    step = twofold.function(program.step, background=False)
+    for number in range(290):
+        step(*program.batches(number))
+    assert 190 // MAX_REST <= len([number for number in looks if number >= 100]) <= 190 // MAX_REST + 1
+    kernels.set_exception(CompileFailed("no kernels"))
+    looks.clear()
+    for number in range(290, 290 + SAMPLES):
+        step(*program.batches(number))
+    assert looks == list(range(290, 290 + SAMPLES)), "what there is is judged now"
 
 
 def test_units_that_rest_are_recorded_again_when_that_is_due(looks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

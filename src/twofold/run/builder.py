@@ -29,7 +29,7 @@ from twofold.graph import MalformedGraphError, inference_mode
 from twofold.options import Options, has_cpp_compiler
 
 from .account import Account
-from .contest import EAGER, MARGIN, Contest, Trial
+from .contest import EAGER, MARGIN, MAX_MISSED, Contest, Trial
 from .graph_runner import RandomState
 from .installed import Installed, example_environment
 from .pace import Pace, Work
@@ -120,13 +120,13 @@ class Builder:
             return
         path.stale = False
 
-    def poll(self, path: Path, accelerator: bool) -> None:
+    def poll(self, path: Path, accelerator: bool, units: int = 1) -> None:
         """Swap in tier 2 where its kernels have arrived. Called between two units, for the path that is likely next.
 
-        Of the other paths that begin alike, one is looked at each time.
+        `units`: so many have run since it was called last. Of the other paths that begin alike, one is looked at.
         """
         contest = self._contest(path)
-        contest.take_rest()
+        contest.take_rest(units)
         self._poll(path, contest, accelerator)
         if contest.is_mixed:
             contest.polled = (contest.polled + 1) % len(contest.paths)
@@ -134,12 +134,15 @@ class Builder:
 
     def _poll(self, path: Path, contest: Contest, accelerator: bool) -> None:
         state = self._states.get(path)
-        if state is None or path.blocked or path.stale or contest.trial is not None:
+        if state is None or path.blocked or path.stale:
             return
-        if self._has_to_order(path, state, contest):
+        trial = contest.trial
+        if trial is None and self._has_to_order(path, state, contest):
             with self.pace.taking():
                 self._order(path, state, accelerator)
-        if not state.orders or not all(order.done() for order in state.orders):
+        if (trial is not None and trial.tier not in INDUCTOR) or not state.orders:
+            return  # kernels join a trial of kernels: on few paths that seldom come it would not end
+        if not all(order.done() for order in state.orders):
             return
         orders, state.orders = state.orders, []
         failure = next((order.exception() for order in orders if order.exception() is not None), None)
@@ -199,8 +202,7 @@ class Builder:
         """Whether the next unit's time counts, so that the device must be idle at both ends."""
         if path is None or path not in self._states:
             return False
-        contest = self._contest(path)
-        return contest.trial is not None or self._trial_now(contest) is not None
+        return self._trial_now(self._contest(path)) is not None
 
     def choose(self, path: Path) -> None:
         """Set what the next unit of a path runs on: the tier on trial or the best accepted, in turns; None: eagerly."""
@@ -245,9 +247,12 @@ class Builder:
         state = self._states[path]
         tier = path.executable.executable.backend
         state.units[tier] += 1
-        trial = self._trial_now(self._contest(path))
+        contest = self._contest(path)
+        trial = self._trial_now(contest)
         if trial is not None and trial.tier not in state.tiers:
             trial.missed += 1
+            if trial.missed == MAX_MISSED and trial is contest.trial:
+                contest.put_trial_off()
         elif trial is not None and state.units[tier] > WARM_UP_UNITS:
             self._note(path, tier, seconds)
 
@@ -271,6 +276,14 @@ class Builder:
         if contest is None:
             contest = self._contests[root] = Contest()
         return contest
+
+    def judge_again(self) -> None:
+        """Compare what was kept with eager execution once more: units take longer than when it was judged."""
+        self.settled.clear()
+        for contest in self._contests.values():
+            contest.accepted = contest.accepted[-1:]
+            if contest.trial is not None or contest.accepted:
+                contest.begin_trial(contest.best if contest.trial is None else contest.trial.tier)
 
     def _judge(self, contest: Contest, trial: Trial, verdict: tuple[float, float]) -> None:
         """Accept or reject the tier on trial. One that was compiled is tried once more later."""

@@ -27,6 +27,9 @@ MARGIN = 0.97
 """A tier has to take less than this share of the time of what it replaces: beyond noise."""
 LAST_TRIAL_AFTER = 200
 """Units after the verdict on the compiled tier until it is tried once more, for good."""
+MAX_MISSED = 20
+"""Units that took a path without the tier on trial, and the trial is put off until other paths may have it: it would
+take the time of all units and come to no end. `a3c` was at 0.86 of eager's speed for 13,000 calls."""
 EAGER = "eager"
 
 
@@ -102,6 +105,8 @@ class Contest:
     """The compiled tier, while it is still to be tried once more."""
     rest: int = 0
     """Units until then."""
+    put_off: int = 0
+    """How often a trial was put off."""
 
     @property
     def best(self) -> str:
@@ -132,11 +137,18 @@ class Contest:
         """Have a tier tried once more, some units from now."""
         self.last_trial, self.rest = tier, LAST_TRIAL_AFTER
 
-    def take_rest(self) -> None:
-        """Count a unit; begin the last trial when it is due."""
+    def put_trial_off(self) -> None:
+        """Have the tier on trial tried later, when other paths may have it; later each time."""
+        assert self.trial is not None
+        self.last_trial, self.rest = self.trial.tier, LAST_TRIAL_AFTER << self.put_off
+        self.trial = None
+        self.put_off += 1
+
+    def take_rest(self, units: int) -> None:
+        """Count units; begin the last trial when it is due."""
         if self.last_trial is None or self.trial is not None:
             return
-        self.rest -= 1
+        self.rest -= units
         if self.rest <= 0:
             tier, self.last_trial = self.last_trial, None
             self.begin_trial(tier)

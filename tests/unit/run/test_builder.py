@@ -13,7 +13,7 @@ from twofold.options import Options
 from twofold.run import builder as builder_module
 from twofold.run.account import Account
 from twofold.run.builder import MAX_REBUILDS, WARM_UP_UNITS, Builder
-from twofold.run.contest import LAST_TRIAL_AFTER, MIXED_SAMPLES, MOST_SAMPLES, SAMPLES
+from twofold.run.contest import LAST_TRIAL_AFTER, MAX_MISSED, MIXED_SAMPLES, MOST_SAMPLES, SAMPLES
 from twofold.run.pace import Pace
 
 
@@ -121,13 +121,14 @@ def test_paths_that_begin_alike_are_judged_together(graph_seconds: float, expect
     assert [backend(path) for path in paths] == [expected, expected]
 
 
-def test_units_that_lack_the_tier_on_trial_become_rare():
+def test_units_that_lack_the_tier_on_trial_become_rare_and_put_it_off():
     """The likely path has it, and each unit takes the other, on a tier that was dropped."""
     builder = make_builder()
     paths = two_paths(builder)
     builder._states[paths[0]].tiers.clear()
-    on_tier = 0
-    for _ in range(400):
+    on_tier = units = 0
+    while builder.is_timing(paths[1]):
+        units += 1
         builder.choose(paths[1])
         if paths[1].executable is None:
             builder.note_eager(paths[1], 0.001)
@@ -135,8 +136,11 @@ def test_units_that_lack_the_tier_on_trial_become_rare():
             on_tier += 1
             paths[0].executable = paths[1].executable
             builder.note_graph(paths[0], 0.002)
-    assert builder.is_timing(paths[1])
-    assert 10 < on_tier < 50
+    assert 10 < on_tier <= MAX_MISSED < 4 * on_tier < units
+    builder.poll(paths[1], accelerator=False, units=LAST_TRIAL_AFTER - 1)
+    assert not builder.is_timing(paths[1])
+    builder.poll(paths[1], accelerator=False)
+    assert builder.is_timing(paths[1]), "it is tried again"
 
 
 def test_one_unit_that_took_far_too_long_does_not_decide():
@@ -259,6 +263,16 @@ def rest(builder: Builder, path: Path) -> None:
     assert builder.is_timing(path)
 
 
+def test_units_between_two_looks_count_until_the_compiled_tier_is_tried_once_more(orders: Orders):
+    builder = make_builder(numerics="fused")
+    path = on_kernels(builder, orders, 0.0015)
+    for _ in range(2):
+        assert not builder.is_timing(path)
+        builder.poll(path, accelerator=False, units=LAST_TRIAL_AFTER // 2)
+        builder.choose(path)
+    assert builder.is_timing(path)
+
+
 def on_kernels(builder: Builder, orders: Orders, seconds: float) -> Path:
     """Have kernels judged whose units take so long, against 1 ms of replay and 2 of eager execution."""
     path = on_replay(builder)
@@ -293,6 +307,22 @@ def test_kernels_that_were_kept_are_compared_with_eager_execution_later(orders: 
     assert builder.settled == {path}
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0015, "inductor"), (0.0025, None)])
+def test_what_was_kept_is_compared_with_eager_execution_where_units_take_longer(
+    orders: Orders, seconds: float, expected: str | None
+):
+    """Speculation was given up: the units that were judged ran without their Python."""
+    builder = make_builder(numerics="fused")
+    path = on_kernels(builder, orders, 0.0005)
+    rest(builder, path)
+    try_out(builder, path, 0.0005, 0.002)
+    assert builder.settled == {path}
+    builder.judge_again()
+    assert set(try_out(builder, path, seconds, 0.002)) == {"inductor", "eager"}
+    assert backend(path) == expected
+    assert path.blocked == (None if expected else "not_faster")
+
+
 def compiles(monkeypatch: pytest.MonkeyPatch, is_compiling: bool) -> None:
     monkeypatch.setattr(builder_module, "is_compiling", lambda: is_compiling)
 
@@ -312,7 +342,8 @@ def test_nothing_is_judged_just_after_a_compiler_was_at_work(orders: Orders, mon
     for _ in range(4 * MOST_SAMPLES):
         builder.choose(path)
         builder.note_graph(path, 100.0)
-    assert builder.is_timing(path)
+    assert not builder.is_timing(path)
+    assert not any("dropped inductor" in text for _, text in builder.account.decisions)
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
@@ -405,6 +436,16 @@ def on_kernels_of_one_path(builder: Builder, orders: Orders) -> list[Path]:
     builder.poll(paths[0], accelerator=False)
     assert [backend(path) for path in paths] == ["inductor", "replay"]
     return paths
+
+
+def test_kernels_that_come_while_others_are_on_trial_join_them(orders: Orders):
+    """The path whose kernels came first may be one that hardly a unit takes."""
+    builder = make_builder(numerics="fused")
+    paths = on_kernels_of_one_path(builder, orders)
+    builder._states[paths[1]].orders = [orders.future]
+    for _ in paths:
+        builder.poll(paths[0], accelerator=False)
+    assert [backend(path) for path in paths] == ["inductor", "inductor"]
 
 
 @pytest.mark.parametrize(("inductor", "expected"), [(0.0008, "inductor"), (0.0012, "replay")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from .heap import is_lasting, is_value
 from .items import NONE, Dynamic, Instance, Item, Known, Mapping, Method, Outside, Place, Sequence, Super, Tensor
 from .library import find_in_class, is_data_descriptor, is_library
 from .objects import Namespace, Objects, Raised, is_array
-from .speculation import defined
+from .speculation import defined, inherits
 
 FieldOfTuple = type(inspect.getattr_static(NamedTuple("One", [("field", int)]), "field"))
 """The type of the descriptors of a named tuple's fields."""
@@ -41,6 +42,10 @@ class Attributes(Objects):
                 return NONE if getattr(item.object, name) is None else self.part_of(item.object, name)
             case Known() if isinstance(item.object, types.FunctionType) and name in vars(item.object):
                 return self.heap.read(self._function(item.object), "get_attr", name)
+            case Mapping() if name in item.attributes:
+                return item.attributes[name]
+            case Mapping() if not hasattr(item.kind, name):
+                raise Raised(AttributeError(f"'{item.kind.__name__}' object has no attribute '{name}'"))
             case Known() | Dynamic() | Sequence() | Mapping():
                 return self._attribute_of_value(item, name)
             case Super():
@@ -137,7 +142,7 @@ class Attributes(Objects):
         order = self.type_of(item.receiver).__mro__
         for owner in order[order.index(item.owner) + 1 :]:
             if name in vars(owner):
-                return self._bind(vars(owner)[name], item.receiver, owner, name)
+                return self.bind(vars(owner)[name], item.receiver, owner, name)
         raise Raised(AttributeError(name))
 
     def _attribute_of_object(self, item: Outside | Instance, name: str) -> Item:
@@ -148,12 +153,13 @@ class Attributes(Objects):
         if isinstance(kind.__getattribute__, types.FunctionType):
             raise self.refuse("unsupported_object", f"{kind.__qualname__} defines __getattribute__")
         if found is not None and is_data_descriptor(found[1]):
-            return self._bind(found[1], item, found[0], name)
+            return self.bind(found[1], item, found[0], name)
         own = self._own_attribute(item, name)
         if own is not None:
             return own
         if found is not None:
-            return self._bind(found[1], item, found[0], name)
+            self._assume_not_own(item, name)
+            return self.bind(found[1], item, found[0], name)
         if isinstance(item, Outside) and isinstance(item.object, nn.Module):
             held = self._module_attribute(item, name)
             if held is not None:
@@ -176,6 +182,12 @@ class Attributes(Objects):
             return None
         return self.heap.read(item, "get_attr", name)
 
+    def _assume_not_own(self, item: Outside | Instance, name: str) -> None:
+        """Assume that an object has nothing of its own under the name of what its class defines."""
+        if isinstance(item, Outside) and isinstance(getattr(item.object, "__dict__", None), dict):
+            place = Place(f"vars({item.place.name}) without {name!r}", (id(item.object), "vars", name), False)
+            self.host.assume_once(place, inherits, item.value, name)
+
     def _module_attribute(self, item: Outside, name: str) -> Item | None:
         """Return a parameter, buffer or submodule."""
         for table in ("_parameters", "_buffers", "_modules"):
@@ -186,7 +198,7 @@ class Attributes(Objects):
                 return self.heap.read(holder, "get_item", name)
         return None
 
-    def _bind(self, found: Any, item: Item, owner: type, name: str) -> Item:
+    def bind(self, found: Any, item: Item, owner: type, name: str) -> Item:
         """Return what a name defined by a class is when it is read from an instance."""
         match found:
             case types.FunctionType():
@@ -239,6 +251,9 @@ class Attributes(Objects):
                 raise self.refuse("unsupported_object", f"writes .{name} of a class")
             self.heap.write(self._class(item.object), "set_attr", name, value)
             return
+        if isinstance(item, Mapping) and item.kind is OrderedDict and not hasattr(OrderedDict, name):
+            self._set_made(item, name, value)
+            return
         if not isinstance(item, Outside | Instance):
             raise self.refuse("unsupported_object", f"writes .{name} of {self.describe(item)}")
         kind = self.type_of(item)
@@ -253,9 +268,7 @@ class Attributes(Objects):
                 return
             raise self.refuse("unsupported_object", f"{kind.__qualname__}.{name} is a descriptor")
         if isinstance(item, Instance):
-            item.attributes[name] = value
-            if item.value is not None:
-                self.host.store("set_attr", item.value, name, self.host.argument(value))
+            self._set_made(item, name, value)
         elif isinstance(item.object, nn.Module) and kind.__setattr__ is nn.Module.__setattr__:
             self._set_module_attribute(item, name, value)
         elif isinstance(item.object, torch.optim.Optimizer) and name in ("param_groups", "state", "defaults"):
@@ -264,6 +277,12 @@ class Attributes(Objects):
             self.heap.write(item, "set_attr", name, value)
         else:
             raise self.refuse("unsupported_object", f"{kind.__qualname__} defines __setattr__")
+
+    def _set_made(self, item: Instance | Mapping, name: str, value: Item) -> None:
+        """Write an attribute of what the call made, which may have been handed out."""
+        item.attributes[name] = value
+        if item.value is not None:
+            self.host.store("set_attr", item.value, name, self.host.argument(value))
 
     def _set_module_attribute(self, item: Outside, name: str, value: Item) -> None:
         state = item.object.__dict__

@@ -103,6 +103,10 @@ class BuiltinFunctions(Expressions):
     def _do_super(self, arguments: list[Item], _: dict[str, Item]) -> Item:
         return self.make_super(arguments)
 
+    def _do_has_torch_function(self, arguments: list[Item], _: dict[str, Item]) -> Item:
+        """Answer as PyTorch does where nobody listens: by the types of tensors, which are checked anyhow."""
+        return Known(torch.overrides.has_torch_function(*map(self.sample, arguments)))
+
     # ---- iterators ---------------------------------------------------------------------------------------
 
     def _do_enumerate(self, arguments: list[Item], keywords: dict[str, Item]) -> Item:
@@ -318,4 +322,5 @@ _SPECIAL: dict[Any, str] = {getattr(builtins, name): name for name in _NAMES.spl
     itertools.islice: "islice",
     itertools.chain: "chain",
     itertools.product: "product",
+    torch.overrides.has_torch_function: "has_torch_function",
 }

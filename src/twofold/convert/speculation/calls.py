@@ -42,7 +42,16 @@ from .items import (
     Stream,
     Super,
 )
-from .library import CONTEXTS, PURE, find_in_class, is_overridable, is_plain_class, is_torch, sets_process_state
+from .library import (
+    CONTEXTS,
+    PURE,
+    find_in_class,
+    is_library,
+    is_overridable,
+    is_plain_class,
+    is_torch,
+    sets_process_state,
+)
 from .source import Code
 from .speculation import referent, unhooked
 from .torch_calls import TorchCalls
@@ -285,7 +294,8 @@ class Calls(TorchCalls):
             if call is not None:
                 tensors = [self.attribute(item, name) for name in (*leaf.parameters, *leaf.buffers)]
                 return self.native(call, [*tensors, *arguments], keywords)
-        return self.call(self.attribute(item, "forward"), arguments, keywords)
+        owner, forward = find_in_class(kind, "forward") or (nn.Module, nn.Module.forward)
+        return self.call(self.bind(forward, item, owner, "forward"), arguments, keywords)
 
     def _assume_no_hooks(self, item: Outside) -> None:
         if not unhooked(item.object) or any(getattr(_hooks, name) for name in _GLOBAL_HOOKS):
@@ -341,7 +351,7 @@ class Calls(TorchCalls):
         raise self.refuse("unsupported_call", "super() outside a method")
 
 
-_CONSTANTS = frozenset({torch.Size, torch.device, torch.Generator, torch.finfo, torch.iinfo})
+_CONSTANTS = frozenset({torch.Size, torch.device, torch.Generator, torch.finfo, torch.iinfo, np.finfo, np.iinfo})
 """Types of PyTorch's whose instances are made of constants and no tensors."""
 
 _GLOBAL_HOOKS = (
@@ -359,4 +369,6 @@ def _may_inline(function: types.FunctionType) -> bool:
     file = function.__code__.co_filename
     if file.startswith(_OWN_CODE):
         return False
-    return is_torch(function) or not any(part in file for part in ("/site-packages/", "/lib/python3", "<frozen"))
+    if is_library(function.__module__) and not is_torch(function):
+        return False
+    return "/site-packages/" in file or not any(part in file for part in ("/lib/python3", "<frozen"))

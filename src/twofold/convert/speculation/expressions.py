@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .calls import Calls
+from .choices import Choices
 from .heap import is_lasting, is_value
 from .items import (
     NONE,
@@ -50,7 +50,7 @@ COMPARISONS: dict[type, tuple[Callable[..., Any], str, str]] = {
 }  # fmt: skip
 
 
-class Expressions(Calls):
+class Expressions(Choices):
     """Evaluates expressions."""
 
     def evaluate(self, node: ast.expr) -> Item:
@@ -312,7 +312,10 @@ class Expressions(Calls):
         return self.evaluate(node.values[-1])
 
     def _evaluate_IfExp(self, node: ast.IfExp) -> Item:
-        return self.evaluate(node.body if self.truth(self.evaluate(node.test)) else node.orelse)
+        condition = self.evaluate(node.test)
+        if isinstance(condition, Dynamic) and (number := self.choose(condition, node.body, node.orelse)) is not None:
+            return number
+        return self.evaluate(node.body if self.truth(condition) else node.orelse)
 
     def _evaluate_Compare(self, node: ast.Compare) -> Item:
         left = self.evaluate(node.left)

@@ -27,7 +27,7 @@ from twofold.graph import Ambient, Constant, Graph, Node, Value, ambient_context
 
 from .library import is_torch
 from .schedule import is_effect
-from .speculation import commit, draw, equal, give, launch, put, read, step, tensor, unhooked
+from .speculation import commit, draw, equal, give, inherits, launch, put, read, step, tensor, unhooked
 
 DEEPEST = 6
 """Expressions are nested so deep and no deeper."""
@@ -35,7 +35,7 @@ DEEPEST = 6
 _ON_UNIT: dict[Any, str] = {
     function: function.__name__ for function in (draw, give, put, read, step, tensor, launch, commit)
 }
-_NOT_ATOMS = frozenset({*INFIX, *PREFIX, equal, unhooked})
+_NOT_ATOMS = frozenset({*INFIX, *PREFIX, equal, inherits, unhooked})
 _NUMBERS = itertools.count()
 _TABLES = frozenset({"_modules", "_parameters", "_buffers"})
 """What modules of all classes have in their `__dict__`."""
@@ -168,6 +168,8 @@ class _Writer:
                 plain = f"has_no_new_hooks and '_compiled_call_impl' not in {state} and 'forward' not in {state}"
                 return f"{plain} or {self._name(unhooked)}({checked})"
             return ""
+        if node.target is inherits:
+            return f"{arguments[1]} not in {self._state_of(node.arguments[0]) or checked + '.__dict__'}"
         if node.target is not equal:
             return ""
         expected: Any = node.arguments[1]

@@ -55,7 +55,7 @@ def is_value(held: Any) -> bool:
     """Whether an object is a plain immutable value, tuples of them included."""
     if type(held) is tuple:
         return all(map(is_value, held))
-    return type(held) in VALUES or isinstance(held, enum.Enum)
+    return type(held) in VALUES or isinstance(held, enum.Enum) or (isinstance(held, np.dtype) and held.isbuiltin == 1)
 
 
 def is_lasting(held: Any) -> bool:

@@ -236,10 +236,10 @@ class Host:
             found = self.call(operator.contains, holder, name)
             self.assume("branch", place, "true", self.call(operator.not_, found))
 
-    def assume_once(self, place: Place, predicate: Callable[..., Any], value: Value) -> None:
+    def assume_once(self, place: Place, predicate: Callable[..., Any], value: Value, *rest: Argument) -> None:
         """Assume that a predicate holds of a value."""
         if self._is_new("once", place.location):
-            self.assume("identity", place, "true", self.call(predicate, value))
+            self.assume("identity", place, "true", self.call(predicate, value, *rest))
 
     def assume_tensor(self, described: Value, expected: tuple[Any, ...], place: Place) -> None:
         """Assume that what is described of a tensor is what was seen."""
@@ -269,6 +269,9 @@ class Host:
             case Listed() | Mapped() | Instance() if item.kind in _MADE or not issubclass(item.kind, dict):
                 if item.value is None:
                     item.value = self._make(item)
+                    if isinstance(item, Mapped):
+                        for name, inner in item.attributes.items():
+                            self.store("set_attr", item.value, name, self.argument(inner))
                 return item.value
             case _:
                 text = f"{type(item).__name__.lower()} made by the call is kept or given to library code"

@@ -105,6 +105,8 @@ class Mapping(Item):
     kind: type
     entries: dict[Any, Item]
     value: Value | None = None
+    attributes: dict[str, Item] = field(default_factory=dict[str, Item])
+    """Of an `OrderedDict`, which has such as other objects do: `state_dict()` keeps versions there."""
 
 
 @dataclass(eq=False, slots=True)

@@ -15,7 +15,7 @@ from torch.overrides import get_overridable_functions
 
 from twofold.graph.names import known_name
 
-from .speculation import defined, equal, instance, metadata, read, referent, settled, tensor, unhooked
+from .speculation import chosen, defined, equal, inherits, instance, metadata, read, referent, settled, tensor, unhooked
 
 _BUILTINS = (
     "abs ascii bin bool bytes chr complex dict divmod float format frozenset hash hex int isinstance len list max min"
@@ -33,8 +33,9 @@ _NUMPY = (
     " min minimum mod multiply negative nonzero norm not_equal ones ones_like outer percentile power prod quantile"
     " ravel reshape round sign sin sort sqrt square squeeze stack std subtract sum tan tanh tile transpose trunc"
     " unique var vstack where zeros zeros_like"
-    " arccos arcsin arctan arctan2 argwhere count_nonzero cosh deg2rad flatnonzero flip fmax fmin hypot identity inner"
-    " interp isin logaddexp nan_to_num nanmax nanmean nanmin nansum rad2deg rint roll searchsorted sinh"
+    " arccos arcsin arctan arctan2 argwhere can_cast count_nonzero cosh deg2rad flatnonzero flip fmax fmin hypot"
+    " identity inner interp isin issubdtype logaddexp nan_to_num nanmax nanmean nanmin nansum rad2deg"
+    " result_type rint roll searchsorted sinh"
 )
 _NUMPY_TYPES = (
     np.float64, np.float32, np.float16, np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_, np.dtype,
@@ -59,7 +60,7 @@ PURE: Final[frozenset[Any]] = frozenset(
     + [dict.get, dict.keys, dict.values, dict.items, dict.copy, list.copy, list.index, list.count, set.copy, set.union]
     + [getattr(np.ndarray, name) for name in _ARRAY_METHODS.split()]
     + [getattr(np.generic, name) for name in _ARRAY_METHODS.split() if hasattr(np.generic, name)]
-    + [defined, equal, instance, metadata, referent, unhooked, str.join, torch.Size.numel]
+    + [chosen, defined, equal, inherits, instance, metadata, referent, unhooked, str.join, torch.Size.numel]
 )
 """Functions of Python values that depend on nothing else and change nothing."""
 

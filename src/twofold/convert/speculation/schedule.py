@@ -33,6 +33,7 @@ from .speculation import (
     draw,
     equal,
     give,
+    inherits,
     instance,
     launch,
     put,
@@ -57,7 +58,7 @@ NEVER_RAISES: frozenset[Any] = frozenset(
 """Calls that do not raise for the kinds of values they are made with: numbers that are read, texts, what was built."""
 
 _ON_UNIT = frozenset({draw, give, put, read, step, tensor, settled, launch, commit})
-_OF_IDENTITY = frozenset({operator.is_, operator.is_not, type, isinstance, id})
+_OF_IDENTITY = frozenset({operator.is_, operator.is_not, type, isinstance, id, inherits})
 _DIVISIONS = frozenset({operator.truediv, operator.floordiv, operator.mod})
 
 

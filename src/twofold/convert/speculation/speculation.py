@@ -137,6 +137,11 @@ def equal(found: Any, expected: Any) -> bool:
     return found is expected or bool(found == expected)
 
 
+def chosen(condition: Any, one: Any, other: Any) -> Any:
+    """Return one of two values, by a condition."""
+    return one if condition else other
+
+
 def instance(kind: type, attributes: dict[str, Any]) -> Any:
     """Make an instance of a plain class as the call left it, without running its `__init__`."""
     made = object.__new__(kind)
@@ -183,6 +188,11 @@ def rewinding(generator: Generator) -> Callable[[], None]:
 def defined(owner: type, name: str) -> Any:
     """Return what a class itself defines under a name, and not what an access to it gives."""
     return vars(owner).get(name)
+
+
+def inherits(held: Any, name: str) -> bool:
+    """Whether an object has what its class defines under a name, and nothing of its own."""
+    return name not in held.__dict__
 
 
 def referent(reference: weakref.ref[Any]) -> Any:

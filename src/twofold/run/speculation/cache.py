@@ -63,6 +63,22 @@ class SpeculatedGraph:
     """Calls in which all assumptions held."""
     failures: Counter[int] = field(default_factory=Counter[int])
     """How often each assumption failed, by index."""
+    rival: SpeculatedGraph | None = None
+    """The graph that fitted instead when the work of this one was undone last, if this one has not fitted since."""
+    comes_in_runs: bool = True
+    """Whether calls that it fitted, where another was tried first, were followed by one that it fitted too."""
+    leads: bool = False
+    """Whether it is tried first since the last call."""
+
+    def gives_way(self, to: SpeculatedGraph) -> bool:
+        """Whether another graph, which fitted when the work of this one was undone, is to be tried before it.
+
+        Most ways come in runs. One that is taken now and then would be tried in vain in the next call.
+        """
+        self.comes_in_runs = self.comes_in_runs and not self.leads
+        to.comes_in_runs = to.comes_in_runs or self.rival is to
+        self.rival, self.leads, to.leads = to, False, to.comes_in_runs
+        return to.comes_in_runs
 
     def shares(self, way: tuple[int, ...]) -> bool:
         """Whether the assumptions up to one that has just failed are this graph's too, so that it fails as well."""
@@ -114,6 +130,7 @@ class GraphCache:
             return MISSED, None
         self._calls += 1
         failed: list[tuple[int, ...]] = []
+        undone: SpeculatedGraph | None = None
         for place, graph in enumerate(tuple(graphs)):
             path = graph.work.path
             if (failed and any(map(graph.shares, failed))) or not path.can_begin():
@@ -122,8 +139,9 @@ class GraphCache:
             result = _run(graph, unit, arguments, keywords)
             if result is not MISSED:
                 graph.runs += 1
+                graph.rival, graph.leads = None, False
                 self._recent.append(False)
-                if place:
+                if place and (undone is None or undone.gives_way(graph)):
                     graphs.remove(graph)
                     graphs.insert(0, graph)
                 if self.undone is not None:
@@ -137,6 +155,7 @@ class GraphCache:
                 continue
             failed.append(graph.names[: unit.failed_at + 1])
             if was_found_out_late:
+                undone = undone or graph
                 self.undone = graph.speculation.assumptions[unit.failed_at]
                 self.fetched |= unit.fetched()
         self._account.misses += 1

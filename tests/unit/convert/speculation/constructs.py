@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections import deque, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -683,6 +683,58 @@ def attributes_of_functions_and_classes(parts: Parts) -> Callable[..., Any]:
     def step(number, x, y):
         Shared.total += 2
         return parts.train(counted(x) / (counted.calls + 1), y), shared.total, shared.half, Shared.total
+
+    return step
+
+
+def with_buffers() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+
+@construct(model=with_buffers)
+def one_model_is_given_the_state_of_another(parts: Parts) -> Callable[..., Any]:
+    target = with_buffers()
+    parts.seen["target"] = list(target.parameters())
+
+    def step(number, x, y):
+        with torch.no_grad():
+            for theirs, own in zip(target.parameters(), parts.model.parameters(), strict=True):
+                theirs.mul_(0.75).add_(own, alpha=0.25)
+        state = target.state_dict()
+        found = parts.model.load_state_dict(state)
+        return parts.train(x, y), found.missing_keys, list(state), state._metadata["1"]["version"]
+
+    return step
+
+
+@construct
+def attributes_of_an_ordered_dictionary(parts: Parts) -> Callable[..., Any]:
+    def step(number, x, y):
+        loss = parts.train(x, y)
+        made = OrderedDict(loss=loss.detach(), number=number)
+        made.note = [number]
+        before = parts.seen.get("made", made)
+        parts.seen["made"] = made
+        made.later = number + 1
+        made.note.append(2)
+        is_kept = hasattr(made, "later"), hasattr(made, "nothing"), hasattr(made.copy(), "note")
+        return before.note, before.later, is_kept, getattr({}, "later", 7)
+
+    return step
+
+
+@construct
+def a_number_is_chosen(parts: Parts) -> Callable[..., Any]:
+    class State:
+        pass
+
+    state = parts.seen["state"] = State()
+    state.low, state.high, state.total = 1.0, 2.5, 0.0
+
+    def step(number, x, y):
+        state.total += state.high if number % 3 else -state.low
+        weight = 3 if number % 2 else number
+        return parts.train(x, y), weight, "odd" if number < 100 else "even"
 
     return step
 

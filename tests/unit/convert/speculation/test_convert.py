@@ -72,11 +72,11 @@ def test_feeds_writes_and_effects_are_all_that_is_left_of_the_program():
         set_attr(%9, "calls", %14)
         call give(%unit, 2, %5)
         call give(%unit, 5, %6)
-        %61: object = call tensor(%unit, 3)
-        %62: object = call torch.Tensor.item(%61)
-        %63: object = call builtins:format(%62, ".2f")
-        call builtins:print(%64)
-        return %61
+        %66: object = call tensor(%unit, 3)
+        %67: object = call torch.Tensor.item(%66)
+        %68: object = call builtins:format(%67, ".2f")
+        call builtins:print(%69)
+        return %66
     """)
 
 
