@@ -58,16 +58,16 @@ class EntryGradients:
         """Leaves whose gradient the unit has looked at, or replaced before anything did (False)."""
         self._first_looks: list[tuple[Leaf, bool]] = []
 
-    def note(self, tensors: Iterable[torch.Tensor], are_owned: bool = False) -> None:
+    def note(self, tensors: Iterable[torch.Tensor], are_owned: bool = False, are_asked: bool = False) -> None:
         """Take note of the gradients that leaves have before a call uses them for the first time.
 
-        `are_owned`: they belong to an optimizer or a module, which deal with all that they own, or to code that asks
-        for their gradients or sets them.
+        `are_owned`: they belong to an optimizer or a module, which deal with all that they own. `are_asked`: their
+        gradients are asked for or set, whether or not they require any.
         """
         for tensor in tensors:
             identity = id(tensor)
             is_lasting = are_owned or isinstance(tensor, torch.nn.Parameter)
-            if not tensor.is_leaf or not (tensor.requires_grad or is_lasting):
+            if not tensor.is_leaf or not (tensor.requires_grad or is_lasting or are_asked):
                 continue
             if identity not in self._leaves:
                 self._leaves[identity] = tensor

@@ -413,15 +413,16 @@ class Recorder:
         gradients = self._writer.gradients
         self._note_leaves(given)
         if function in DROPS or function in READS:  # a gradient can be given to what requires none, and stepped on
-            self._note_leaves(given[:1], are_owned=True)
+            self._note_leaves(given[:1], are_asked=True)
         if function in COPIES and (gradients.is_of_unit(given[0]) or self._writer.has_gradient_of_unit(given[0])):
             self.refuse("unsupported_call", "a leaf is copied with the gradient that the unit gave it", origin)
         if function in READS:
             gradients.look_at(given[:1])
 
-    def _note_leaves(self, tensors: Iterable[torch.Tensor], are_owned: bool = False) -> None:
+    def _note_leaves(self, tensors: Iterable[torch.Tensor], are_asked: bool = False) -> None:
         """Take note of gradients from before the unit: leaves that it made itself have none."""
-        self._writer.gradients.note((one for one in tensors if not self._writer.is_made_here(one)), are_owned)
+        others = (tensor for tensor in tensors if not self._writer.is_made_here(tensor))
+        self._writer.gradients.note(others, are_asked=are_asked)
 
     def _touches_unit(self, tensors: list[torch.Tensor]) -> bool:
         return any(self._writer.is_known_memory(tensor) or tensor.requires_grad for tensor in tensors)
