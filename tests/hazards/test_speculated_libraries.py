@@ -227,11 +227,13 @@ def swinging(library: Any) -> Callable[[Parts], Step]:
     return make
 
 
+@pytest.mark.cpu  # a number of the CPU's enters the loss
 def test_an_environment_of_another_library_is_speculated_on(library: Any) -> None:
     report = speculates(training(swinging(library)), 60, at_least=40)
     assert failed(report).get("branch"), "the pendulum went over"
 
 
+@pytest.mark.cpu  # a number of the CPU's enters the loss
 def test_a_constant_of_another_library_that_changes(library: Any) -> None:
     def between(number: int, parts: Parts) -> None:
         library.LIMIT = 3.0 if number < CHANGED_AT else 2.0 + number / 10
@@ -240,6 +242,7 @@ def test_a_constant_of_another_library_that_changes(library: Any) -> None:
     assert failed(report)["value"] >= 1
 
 
+@pytest.mark.cpu  # a number of the CPU's enters the loss
 def test_a_method_of_another_library_that_is_replaced(library: Any) -> None:
     push = library.Pendulum.push
 

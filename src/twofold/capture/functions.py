@@ -183,6 +183,15 @@ def is_random(target: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in target.tags
 
 
+def leaves_out_results(target: Any, result: Any) -> bool:
+    """Whether an ATen operation that returns tensors and a list left some out, so that the rest cannot be told apart.
+
+    cuDNN's backward of recurrent layers without a cell state does.
+    """
+    is_mixed = isinstance(result, tuple) and any(type(item) is list for item in result)
+    return is_mixed and any(item is None or (type(item) is list and None in item) for item in result)
+
+
 @cache
 def keeps_workspace(target: Any) -> bool:
     """Whether an ATen operation keeps what its backward needs out of sight."""

@@ -36,6 +36,7 @@ from .functions import (
     is_plain,
     is_random,
     keeps_workspace,
+    leaves_out_results,
 )
 from .gradients import COPIES, DROPS, READS
 from .history import Layout, Watch, following_nodes
@@ -203,6 +204,9 @@ class Recorder:
         if not made and not is_mutable(target):
             self._asked = self._asked or target in CONTENT_QUESTIONS
             return result  # a question, answered to Python: a fetch if a call announced it
+        if leaves_out_results(target, result):
+            self.refuse("unsupported_call", f"{target} leaves out a result and returns a list")
+            return result
         if has_dynamic_shape(target, arguments):
             self.refuse("data_dependent_shape", f"{target} yields a shape that depends on values")
             return result

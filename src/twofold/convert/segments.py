@@ -64,6 +64,9 @@ def is_read_in_order(tensor: torch.Tensor) -> bool:
 
 MAX_UNDONE_BYTES = 64 * 1024
 """The largest memory that a segment launched ahead of Python may write to: it is copied before, to be put back."""
+MAX_UNDONE_TENSORS = 3
+"""Of such memory, how many tensors one operation may write to. A batch norm writes to three; an optimizer to the
+counters of all parameters, each of which would be copied by itself, and all that the optimizer writes with them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +83,7 @@ def cut(
     """Cut a unit's graph at each fetch. `views` loses the views that a segment hands out by themselves.
 
     `late`: for each fetch in order, the feeds that Python gives only after it. If given, what follows a fetch is cut
-    once more: before the first node that reads such a feed or writes to much memory that outlives the unit. The
+    once more: before the first node that reads such a feed or writes to much or many of what outlives the unit. The
     first part can be launched while Python still looks at the fetched value.
     """
     runs: list[list[Node]] = [[]]
@@ -112,8 +115,8 @@ def cut(
 def _must_wait(node: Node, views: dict[Value, Node], late: Collection[Value], lasting: Collection[Value]) -> bool:
     if any(root_of(value, views) in late for value in node.operands):
         return True
-    written = [root_of(value, views) for value in writes_of(node)]
-    return any(root in lasting and bytes_of(root) > MAX_UNDONE_BYTES for root in written)
+    written = [root for value in writes_of(node) if (root := root_of(value, views)) in lasting]
+    return len(written) > MAX_UNDONE_TENSORS or any(bytes_of(root) > MAX_UNDONE_BYTES for root in written)
 
 
 def bytes_of(value: Value) -> int:

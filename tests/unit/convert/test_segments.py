@@ -59,6 +59,19 @@ def test_a_write_to_much_memory_waits_for_python():
     assert segments(waits) == ([FIRST, AHEAD, ["aten.mul_.Tensor", "aten.exp.default"]], (1,))
 
 
+@pytest.mark.parametrize(("counters", "waits"), [(3, False), (4, True)])
+def test_a_write_to_many_tensors_waits_for_python(counters: int, waits: bool):
+    """As to the step counters of an optimizer: each is copied by itself where it may have to be put back."""
+    names = ", ".join(f"%c{index}" for index in range(counters))
+    inputs = ", ".join(f"%c{index}: f32[]" for index in range(counters))
+    text = UNIT.format(waits=f"call aten._foreach_add_.Scalar([{names}], 1)")
+    graph = parse(dedent(text.replace("%large: f32[20000]", inputs)))
+    cuts = cut(graph, view_nodes(graph.nodes), set(graph.outputs), [()])
+    found = [targets(segment.graph) for segment in cuts.segments]
+    step = ["aten._foreach_add_.Scalar", "aten.exp.default"]
+    assert found == ([FIRST, AHEAD, step] if waits else [FIRST, [*AHEAD, *step]])
+
+
 def test_what_follows_a_fetch_is_one_segment_where_nothing_waits():
     waits = "%4: f32[4] = call aten.sin.default(%early)"
     assert segments(waits) == ([FIRST, [*AHEAD, "aten.sin.default", "aten.exp.default"]], (1,))
