@@ -202,14 +202,15 @@ def _settle(contender: Contender, steps: int, until: float | None) -> bool:
     seconds, number = 0.0, 0
     report = contender.report()
     is_ready = is_steady = in_graphs = report is None
-    while number < SETTLE_ROUNDS or (report and seconds < (SETTLE_SECONDS if in_graphs else SETTLE_MOST)):
+    while number < SETTLE_ROUNDS or (report and seconds < (SETTLE_SECONDS if is_ready and in_graphs else SETTLE_MOST)):
         left = None if until is None else until - time.perf_counter()
         if left is not None and left <= 0:
             return False
         if number:
-            is_ready = contender.prepare(COMPILE_SECONDS if left is None else min(left, COMPILE_SECONDS))
+            contender.prepare(COMPILE_SECONDS if left is None else min(left, COMPILE_SECONDS))
         seconds += _time_round(contender, number % SETTLE_ROUNDS, steps) * steps / 1e3
         number += 1
+        is_ready = contender.prepare(0.0)  # a round may order kernels, with the verdict on the tier below
         before, report = report, contender.report()
         is_steady, in_graphs = _how_units_ran(before, report)
     return is_ready and is_steady

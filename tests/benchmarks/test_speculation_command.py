@@ -114,6 +114,31 @@ def test_what_is_not_ready_within_its_bound_is_left_out_and_what_has_not_settled
     assert kept[:3] == [["eager"], ["eager", "compile"], ["eager", "compile", "compiling"]]
 
 
+def test_a_contender_has_not_settled_while_kernels_are_awaited_that_its_last_round_ordered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """BERT-base on a GPU was measured without the kernels that the verdict on its first graphs ordered."""
+    runs, waits = 0, 0
+    ordered = False
+
+    def run(_: int) -> None:
+        nonlocal runs, ordered
+        runs += 1
+        ordered = ordered or runs == steps.SETTLE_ROUNDS
+
+    def prepare(seconds: float) -> bool:
+        nonlocal waits, ordered
+        waits += ordered and seconds > 0
+        ordered = ordered and not seconds
+        return not ordered
+
+    kinds = ("iterations", "graph_iterations", "traced_iterations", "compared_iterations")
+    monkeypatch.setattr(steps, "SETTLE_SECONDS", 0.0)
+    contender = Contender(run, prepare, lambda: dict.fromkeys(kinds[:2], runs) | dict.fromkeys(kinds[2:], 0))
+    assert steps._settle(contender, steps=1, until=None)
+    assert waits == 1
+
+
 def test_results_of_a_process_that_is_ended_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(command: list[str], **options: Any) -> None:
         steps.keep(Path(command[command.index("--json") + 1]), {"eager": row(4.0)})

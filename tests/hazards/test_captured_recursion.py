@@ -36,6 +36,7 @@ def repeating(warm_up: Callable[[], object]) -> Generator[Any]:
 
     def record(work: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
         made = work()
+        assert tensors_in(made), "PyTorch warns of a graph with nothing in it"
         for kept in tensors_in(made):
             kept.fill_(float("nan") if kept.is_floating_point() else 0)
 

@@ -122,15 +122,17 @@ class Captured:
             self._furnished = room.furnish(work.schedule, self._inputs.tensors.__getitem__)
             self._work = replace(work, schedule=self._furnished, columns=self._columns)
             self._forward, self._results = record(self._compute)
-            self._tangents = [_no_gradient(result) for result in self._results] if work.differentiate else []
-            self._backward, self._gradients = record(self._differentiate)
+            self._tangents: list[Tensor | None] = []
+            if work.differentiate:
+                self._tangents = [_no_gradient(result) for result in self._results]
+                self._backward, self._gradients = record(self._differentiate)
 
     def _compute(self) -> list[Tensor]:
         self._run = self._work.run()
         return self._run.forward()
 
     def _differentiate(self) -> dict[int, Tensor]:
-        return self._run.backward(self._tangents) if self._work.differentiate else {}
+        return self._run.backward(self._tangents)
 
     def _arrays(self, work: Work, padding: Padding) -> dict[Any, NDArray[Any]]:
         """Return indices by name, and for each block its columns; or for those that are tensors, what rows to take."""
