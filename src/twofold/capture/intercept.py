@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import CodeType, FunctionType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch.optim.optimizer import (
@@ -36,10 +36,14 @@ from twofold.graph import Origin
 from . import landmarks
 from .dispatcher import ask_where_modes_are, keep_asking_after_inference_mode
 from .dynamo import keep_from_dynamo
-from .leaf_modules import leaf_call
+from .leaf_modules import LEAVES, leaf_call
 from .warned_lines import name_lines_of_program
 
 NO_KEYWORDS: dict[str, Any] = {}
+
+
+NOT_ANSWERED: Final = object()
+"""In place of an answer: PyTorch shall do as if nobody listened."""
 
 
 class Listener(Protocol):
@@ -47,6 +51,9 @@ class Listener(Protocol):
 
     def call(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Answer a torch function. Modes are off for torch functions meanwhile, not for operations."""
+
+    def leaf_module(self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Answer the call of a module of a class in `LEAVES`, if just that was expected; else return `NOT_ANSWERED`."""
 
     def operation(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Answer an ATen operation. Operations of the autograd engine come from its own threads."""
@@ -207,7 +214,7 @@ class Interception:
 
     def ask(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Have the listener, whose modes were just entered, answer a call that PyTorch would not announce."""
-        return _ask(self._listener, function, arguments, keywords)
+        return _ask(self._listener.call, function, arguments, keywords)
 
     def stop(self) -> bool:
         """End listening. False, and still listening, if another mode was entered since and not left."""
@@ -485,11 +492,13 @@ def _hears_first() -> bool:
     return _is_mode_enabled() and _mode_at(_mode_count() - 1) is _current.mode
 
 
-def _ask(listener: Listener, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """Have the listener, whose mode is on top, answer a call as PyTorch would: modes beneath stay on."""
+def _ask(answer: Callable[..., Any], called: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Have the listener answer a call as PyTorch would, modes beneath its own on, if it is the first to be asked."""
+    if not _is_mode_enabled():
+        return NOT_ANSWERED
     mode = _pop_mode()
     try:
-        return listener.call(function, arguments, keywords)
+        return answer(called, arguments, keywords) if mode is _current.mode else NOT_ANSWERED
     finally:
         _push_mode(mode)
 
@@ -504,9 +513,13 @@ def _call_leaf_modules_at_once() -> None:
                 loop.passes(landmarks.module_landmark(self))
                 return __call__(self, *arguments, **keywords)
         listener = _current.listener
-        if listener is None or (leaf := leaf_call(self)) is None or not _hears_first():
-            return original(self, *arguments, **keywords)
-        return _ask(listener, leaf[0], leaf[1] + arguments, keywords)
+        if listener is not None and type(self) in LEAVES:
+            answer = _ask(listener.leaf_module, self, arguments, keywords)
+            if answer is NOT_ANSWERED and (leaf := leaf_call(self)) is not None:
+                answer = _ask(listener.call, leaf[0], leaf[1] + arguments, keywords)
+            if answer is not NOT_ANSWERED:
+                return answer
+        return original(self, *arguments, **keywords)
 
     torch.nn.Module.__call__ = __call__
     # torch.compile takes a fast path for modules whose call it knows; it may have been imported before.
@@ -522,9 +535,11 @@ def _shorten_python_functions() -> None:
     @functools.wraps(original)
     def handle_torch_function(public_api: Any, relevant_args: Any, *arguments: Any, **keywords: Any) -> Any:
         listener = _current.listener
-        if listener is None or not _hears_first():
-            return original(public_api, relevant_args, *arguments, **keywords)
-        return _ask(listener, public_api, arguments, keywords)
+        if listener is not None:
+            answer = _ask(listener.call, public_api, arguments, keywords)
+            if answer is not NOT_ANSWERED:
+                return answer
+        return original(public_api, relevant_args, *arguments, **keywords)
 
     backwards = torch.Tensor.backward, torch.autograd.backward
 

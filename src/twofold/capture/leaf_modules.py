@@ -20,6 +20,10 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _hooks
 
+MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple(getattr(_hooks, f"_global{name}") for name in MODULE_HOOKS)
+"""PyTorch never puts another dictionary in the place of one of these."""
+
 _Getter = Callable[[Mapping[str, Any]], tuple[Any, ...]]
 
 
@@ -61,20 +65,20 @@ class Leaf:
 class LeafCall:
     """A leaf module with given attributes as a function: of its tensors, in the table's order, then its inputs."""
 
-    __slots__ = ("__name__", "_leaf", "_state")
+    __slots__ = ("__name__", "leaf", "state")
 
     def __init__(self, leaf: Leaf, attributes: tuple[Any, ...]) -> None:
-        self._leaf = leaf
-        self._state = dict(zip(leaf.attributes, attributes, strict=True))
+        self.leaf = leaf
+        self.state = dict(zip(leaf.attributes, attributes, strict=True))
         self.__name__ = leaf.kind.__name__
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Run PyTorch's `forward` on a module that has just these attributes and tensors."""
-        leaf = self._leaf
+        leaf = self.leaf
         split, count = len(leaf.parameters), len(leaf.parameters) + len(leaf.buffers)
         module = leaf.kind.__new__(leaf.kind)
         module.__dict__.update(
-            self._state,
+            self.state,
             _parameters=dict(zip(leaf.parameters, arguments[:split], strict=True)),
             _buffers=dict(zip(leaf.buffers, arguments[split:count], strict=True)),
             _modules={},
@@ -82,7 +86,7 @@ class LeafCall:
         return leaf.forward(module, *arguments[count:], **keywords)
 
     def __repr__(self) -> str:
-        attributes = ", ".join(f"{name}={value!r}" for name, value in self._state.items())
+        attributes = ", ".join(f"{name}={value!r}" for name, value in self.state.items())
         return f"{self.__name__}({attributes})"
 
 
@@ -153,14 +157,8 @@ def leaf_of(module: nn.Module) -> Leaf | None:
         return None
     state = module.__dict__
     if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or _hooks._global_forward_hooks
-        or _hooks._global_forward_pre_hooks
-        or _hooks._global_backward_hooks
-        or _hooks._global_backward_pre_hooks
+        any(state[name] for name in MODULE_HOOKS)
+        or any(GLOBAL_HOOKS)
         or leaf.kind.forward is not leaf.forward
         or not state.keys().isdisjoint(leaf.shadowing)
     ):

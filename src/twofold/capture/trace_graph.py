@@ -22,7 +22,7 @@ from twofold.graph import Origin
 from .functions import is_random
 from .gradients import presence_holds
 from .history import Layout, Watch
-from .match import Match, Placeholders, Role, build_match, columns, equal_templates, presence_of
+from .match import Match, Placeholders, Role, build_match, build_module_match, columns, equal_templates, presence_of
 from .number_feeds import differ_in_number, is_feedable
 from .signature import KnownLeaves, Signature
 from .trace import Event, External, Made, Presence, Slot, Trace, leaves
@@ -124,6 +124,7 @@ class PathNode:
         "kind",
         "latest",
         "match",
+        "module_match",
         "parent",
         "placeholders",
         "refusals",
@@ -164,6 +165,7 @@ class PathNode:
         """Compile the check of this event for the roles as they are now."""
         assert self.event is not None
         self.match: Match = build_match(self.event, self.role_of)
+        self.module_match = build_module_match(self.event, self.role_of)
         self.fed = tuple(self.first_external + i for i, role in enumerate(self.roles) if role.tensor is None)
         event = self.event
         self.answers_at_once = (

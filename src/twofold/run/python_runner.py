@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer
 from twofold.capture import landmarks
 from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, display_name
 from twofold.capture.history import Watch
-from twofold.capture.intercept import hearing_operations, unheard, user_origin
+from twofold.capture.intercept import NOT_ANSWERED, hearing_operations, unheard, user_origin
 from twofold.capture.recorder import Recorder, has_step_hooks
 from twofold.capture.trace import Trace, leaves
 from twofold.capture.trace_graph import Path, PathNode, Signature, TraceGraph
@@ -208,6 +208,21 @@ class PythonRunner:
                     return self._fetch(child, function, arguments, keywords)
                 return unit.answer(child)
         return self._unexpected(function, arguments, keywords)
+
+    def leaf_module(self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Answer the call of a leaf module that is expected; see `Listener`."""
+        node = self._node
+        if node is not None and self._stepping is None:
+            unit = self._unit
+            slots = unit.slots
+            for child in node.children:
+                if child.module_match(module, arguments, keywords, slots, unit.feeds):
+                    self._node = child
+                    if child.answers_at_once and (placeholder := child.placeholders[0]) is not None:
+                        slots.append(placeholder)
+                        return placeholder
+                    return unit.answer(child)
+        return NOT_ANSWERED
 
     def _fetch(self, node: PathNode, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         try:

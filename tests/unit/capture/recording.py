@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from twofold.capture.intercept import Interception, unheard
+from twofold.capture.intercept import NOT_ANSWERED, Interception, unheard
 from twofold.capture.recorder import Recorder
 from twofold.capture.trace import Trace
 from twofold.capture.trace_graph import Path, TraceGraph
@@ -23,6 +23,9 @@ class Heard:
         self.after_step = recorder.after_step
         self.zero_grad = recorder.zero_grad
         self.host_work = recorder.random_state_changes
+
+    def leaf_module(self, *_: Any) -> Any:
+        return NOT_ANSWERED
 
     def foreign_call(self, code: str, what: str) -> None:
         self._recorder.refuse(code, what, None)

@@ -9,7 +9,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import twofold
-from twofold.capture.leaf_modules import LEAVES, leaf_call
+from tests.unit.capture.recording import merged
+from twofold.capture.leaf_modules import LEAVES, MODULE_HOOKS, leaf_call
+from twofold.capture.match import Bound
+from twofold.capture.trace_graph import PathNode, TraceGraph
 
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 ROW = torch.linspace(-2, 2, 8).reshape(2, 4)
@@ -222,3 +225,81 @@ def test_a_wrong_call_raises_what_the_module_raises():
         graphed(ROW)
     with pytest.raises(TypeError, match=r"Linear.forward\(\) takes 2 positional arguments but 3 were given"):
         graphed(ROW, ROW)
+
+
+def matches(node: PathNode, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[bool, bool]:
+    """Whether the check of the module itself accepts it, and whether that of the function which it is does."""
+    bound: tuple[Bound, Bound] = {}, {}
+    leaf = leaf_call(module)
+    own = node.module_match(module, inputs, {}, [], bound[0])
+    other = leaf is not None and node.match(leaf[0], leaf[1] + inputs, {}, [], bound[1])
+    assert bound[0].keys() == bound[1].keys() or not own
+    return bool(own), bool(other)
+
+
+@pytest.mark.parametrize("kind", LEAVES, ids=lambda kind: kind.__name__)
+def test_a_module_is_expected_as_long_as_nothing_about_it_changes(kind: type):
+    module, inputs = copy.deepcopy(EXAMPLES[kind])
+    given = (inputs[0].clone(), *inputs[1:])
+    with torch.no_grad():
+        node = merged(TraceGraph(), lambda: module(*given)).nodes[-1]
+        assert matches(node, module, given) == (True, True)
+        assert matches(node, module, (inputs[0].clone(), *inputs[1:])) == (False, False)
+        assert matches(node, module, (*given, inputs[0])) == (False, False)
+        assert not node.module_match(module, given, {"input": inputs[0]}, [], {})
+        assert matches(node, nn.Identity(), given) == (False, False)
+        leaf = LEAVES[kind]
+        places = [(module.__dict__, name) for name in leaf.attributes]
+        places += [(module._parameters, name) for name in leaf.parameters]
+        places += [(module._buffers, name) for name in leaf.buffers]
+        for holder, name in places:
+            value = holder.pop(name)
+            assert matches(node, module, given) == (False, False), name
+            for other in changed(value):
+                holder[name] = other
+                assert matches(node, module, given)[0] is False, (name, other)
+            holder[name] = value
+            assert matches(node, module, given) == (True, True)
+        for name in leaf.shadowing:
+            held, module.__dict__[name] = module.__dict__.get(name, module), None
+            assert matches(node, module, given) == (False, False), name
+            del module.__dict__[name]
+            if held is not module:
+                module.__dict__[name] = held
+        for name in MODULE_HOOKS:
+            module.__dict__[name][0] = print
+            assert matches(node, module, given) == (False, False), name
+            module.__dict__[name].clear()
+        for add in (
+            torch.nn.modules.module.register_module_forward_hook,
+            torch.nn.modules.module.register_module_forward_pre_hook,
+            torch.nn.modules.module.register_module_full_backward_hook,
+            torch.nn.modules.module.register_module_full_backward_pre_hook,
+        ):
+            handle = add(lambda *_: None)
+            assert matches(node, module, given) == (False, False), add
+            handle.remove()
+        original = kind.forward
+        try:
+            kind.forward = lambda self, *given: original(self, *given)  # type: ignore[assignment]
+            assert matches(node, module, given) == (False, False)
+        finally:
+            kind.forward = original
+        assert matches(node, module, given) == (True, True)
+
+
+def changed(value: Any) -> list[Any]:
+    """Other values for an attribute of a module, or a parameter or buffer."""
+    match value:
+        case torch.Tensor():
+            return [value.clone(), None]
+        case None:
+            return [torch.ones(3), (7,)]
+        case bool():
+            return [not value]
+        case str():
+            return [value + "?"]
+        case tuple():
+            return [(*value, 1), list(value)]
+        case _:
+            return [value + 1, float(value) if isinstance(value, int) else -value]

@@ -10,7 +10,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from twofold.capture.functions import FROM_HOST_DATA, HISTORY, METADATA, display_name
-from twofold.capture.intercept import NO_KEYWORDS, unheard, user_origin
+from twofold.capture.intercept import NO_KEYWORDS, NOT_ANSWERED, unheard, user_origin
 from twofold.capture.placeholders import make_placeholder
 from twofold.capture.recorder import has_step_hooks
 from twofold.capture.trace import External, Made, Slot, leaves, map_leaves
@@ -71,6 +71,10 @@ class Walk:
             if child.match(function, arguments, keywords, self.slots, self.feeds):
                 return self._advance(child, function, arguments, keywords)
         return self._unexpected(function, arguments, keywords)
+
+    def leaf_module(self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Expect nothing; see `Listener`."""
+        return NOT_ANSWERED
 
     def _advance(self, node: PathNode, function: Any, arguments: Any, keywords: Any) -> Any:
         event: Any = node.event
