@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import twofold
 from benchmarks.programs import Program
 from tests.hazards.programs import (
     MODES,
@@ -380,6 +381,27 @@ def test_evaluation_with_dropout_off_draws_nothing() -> None:
 
     for mode in MODES:
         same(training(make, model=noisy), 8, mode)
+
+
+def test_draws_in_place_between_products_that_are_made_at_once() -> None:
+    """Dropout came behind the noise, with the product that it has to wait for."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+
+    def noisy_sum(x: torch.Tensor) -> torch.Tensor:
+        dropped = F.dropout(x @ weight, 0.5)
+        noise = torch.empty_like(x).uniform_()
+        return dropped + noise + (x * 2) @ weight
+
+    graphed = twofold.function(noisy_sum, numerics="fused", backend="replay", background=False)
+    for number in range(6):
+        x = torch.randn(8, 64)
+        torch.manual_seed(number)
+        expected, after = noisy_sum(x), torch.get_rng_state()
+        torch.manual_seed(number)
+        torch.testing.assert_close(graphed(x), expected)
+        assert torch.equal(torch.get_rng_state(), after)
+    assert twofold.report(graphed).to_dict()["graph_iterations"] >= 3
 
 
 def test_no_tensors_but_random_numbers() -> None:

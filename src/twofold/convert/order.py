@@ -8,7 +8,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from twofold.graph import Graph, Value, has_effect
+import torch
+
+from twofold.capture.functions import is_random
+from twofold.graph import Graph, Node, Value, has_effect
 
 from .segments import root_of, view_nodes, writes_of
 
@@ -20,7 +23,7 @@ def dependencies(graph: Graph) -> list[set[int]]:
     """Return for each node the earlier ones that it has to follow.
 
     A node follows those that made or wrote what it reads, and those that read or wrote what it writes. What draws
-    random numbers keeps its order. Nothing passes a node that is no call.
+    random numbers keeps its order, in place or not. Nothing passes a node that is no call.
     """
     views = view_nodes(graph.nodes)
     makers = {result: index for index, node in enumerate(graph.nodes) for result in node.results}
@@ -45,7 +48,7 @@ def dependencies(graph: Graph) -> list[set[int]]:
             barrier = index
         else:
             before.add(barrier)
-        if has_effect(node) and not written:
+        if _draws(node) or (has_effect(node) and not written):
             before.add(draw)
             draw = index
         before.discard(-1)
@@ -55,6 +58,10 @@ def dependencies(graph: Graph) -> list[set[int]]:
         for place in written:
             writers[place], readers[place] = index, []
     return follows
+
+
+def _draws(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and is_random(node.target)
 
 
 class Order:

@@ -113,7 +113,7 @@ class GraphRunner:
             installed.check_gradients(environment, (*feeds.values(), *self._foretold.values()))
         if index == 0 and installed.lent is not None:
             installed.lent.take_back(self.walked >= self.program.drops_gradients_by)
-        is_kept = index == installed.last and not self._saved and not self.saves_last
+        is_kept = index == installed.last and not self.saves_last
         written = installed.written_early if is_kept else installed.written[index]
         if written or self.program.uses_random:
             self._save(written)
