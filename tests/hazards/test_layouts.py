@@ -117,3 +117,41 @@ def test_sparse_gradient_is_read(mode: Mode) -> None:
         return [*seen, table.weight.tolist()]
 
     assert run(mode) == run(None)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_is_left_out_in_evaluation(mode: Mode) -> None:
+    """A transformer encoder packs what its mask leaves into a nested tensor then, of which a unit gives no size."""
+
+    def run(mode: Mode | None) -> list[Any]:
+        torch.manual_seed(0)
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        mask = torch.tensor([[False, False, True], [False, False, False]])
+        seen: list[Any] = []
+
+        def train(x: torch.Tensor) -> torch.Tensor:
+            loss = model.train()(x, src_key_padding_mask=mask).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        @torch.no_grad()
+        def evaluate(x: torch.Tensor) -> torch.Tensor:
+            return model.eval()(x, src_key_padding_mask=mask)
+
+        def loop(train: Any, evaluate: Any) -> None:
+            seen.extend((train(x).item(), evaluate(x).tolist()) for x in [torch.randn(2, 3, 4) for _ in range(6)])
+
+        options: dict[str, Any] = {"numerics": "exact", "backend": "replay", "background": False}
+        if mode == "program":
+            with twofold.program(**options):
+                loop(train, evaluate)
+        elif mode == "function":
+            loop(twofold.function(train, **options), twofold.function(evaluate, **options))
+        else:
+            loop(train, evaluate)
+        return seen
+
+    assert run(mode) == run(None)

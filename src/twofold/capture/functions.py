@@ -121,12 +121,17 @@ PLAIN_TENSORS: Final[frozenset[type[torch.Tensor]]] = frozenset({torch.Tensor, t
 """The types, exact, of tensors whose behaviour is PyTorch's own."""
 
 
+def is_strided(tensor: torch.Tensor) -> bool:
+    """Whether it shows memory by strides: none that is sparse, nested or laid out by oneDNN."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def is_plain(tensor: Any) -> bool:
     """Whether it is a tensor that PyTorch made, shows memory, and has a history that autograd tells.
 
-    None that is sparse, nested or laid out by oneDNN, and no part of a split tensor that was changed in place since.
+    None of another layout, and no part of a split tensor that was changed in place since.
     """
-    if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
+    if type(tensor) not in PLAIN_TENSORS or not is_strided(tensor):
         return False
     try:
         _ = tensor.is_leaf

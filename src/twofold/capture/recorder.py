@@ -35,6 +35,7 @@ from .functions import (
     is_mutable,
     is_plain,
     is_random,
+    is_strided,
     keeps_workspace,
     leaves_out_results,
 )
@@ -192,8 +193,8 @@ class Recorder:
         if self.trace.refusal is not None:
             return result
         made: list[torch.Tensor] = leaves(result, _TENSOR)
-        if not all(tensor.layout is torch.strided for tensor in (*made, *given)):
-            self.refuse("unsupported_call", f"{target} works on sparse tensors")
+        if not all(map(is_strided, (*made, *given))):
+            self.refuse("unsupported_call", f"{target} works on sparse or nested tensors")
             return result
         if not self._announced:
             if target is not torch.ops.aten.lift_fresh.default and any(map(self._writer.is_known_memory, given)):
