@@ -31,6 +31,8 @@ SPECULATED = {
     "adversarial": 32,
     # A worker gives up its copy of the model for that of the others, and plays in Gymnasium's environment.
     "a3c": 28,
+    # Its environment moves pendulums in place. How many of them fall at which move makes a way, and these are many.
+    "actor_critic": 12,
     # Each pattern of coins is a way of its own, to be met before it can be recorded, and again before it is converted.
     "coin_flip": 50,
 }
@@ -38,8 +40,6 @@ SPECULATED = {
 REFUSED = {
     # The configuration of transformers defines how its attributes are read.
     "bert": {"unsupported_object"},
-    # The environment moves pendulums in place, and asks which of them have fallen.
-    "actor_critic": {"late_decision"},
     # Several steps in one call: what comes behind the first unit is decided by tensors, or is one more unit. Which of
     # the two is met first depends on the way that was recorded last: after other tests it is another than alone.
     "ppo": {"late_decision", "several_units"},

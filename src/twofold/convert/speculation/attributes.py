@@ -13,7 +13,7 @@ from torch import nn
 from .heap import is_lasting, is_value
 from .items import NONE, Dynamic, Instance, Item, Known, Mapping, Method, Outside, Place, Sequence, Super, Tensor
 from .library import find_in_class, is_data_descriptor, is_library
-from .objects import Namespace, Objects, Raised, is_array
+from .objects import Namespace, Objects, Raised
 from .speculation import defined, inherits
 
 FieldOfTuple = type(inspect.getattr_static(NamedTuple("One", [("field", int)]), "field"))
@@ -128,8 +128,7 @@ class Attributes(Objects):
             return Method(Known(found), item)
         if isinstance(item, Dynamic):
             sample = self.dry_run(getattr, [item.sample, name], {})
-            late = self.heap.arrays_changed and is_array(item.sample)
-            return Dynamic(sample, self.host.fetch("get_attr", item.value, name, late))
+            return Dynamic(sample, self.host.fetch("get_attr", item.value, name))
         try:
             held = getattr(self.known(item), name)
         except AttributeError as error:

@@ -12,12 +12,13 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .expressions import Expressions
 from .items import NONE, Dynamic, Instance, Item, Known, Mapping, Method, Outside, Place, Sequence, Stream, Tensor
-from .objects import DICTS, LISTS, Raised
+from .objects import DICTS, LISTS, Raised, is_array
 
 Special = Callable[[list[Item], dict[str, Item]], Item]
 
@@ -259,15 +260,19 @@ class BuiltinFunctions(Expressions):
         self.host.effect(function, *first, *map(self.host.nested, given), keywords=named)
 
     def _as_written(self, item: Item) -> Item:
-        """Return an item whose text cannot change until the call is over."""
+        """Return an item, or one like it, whose text cannot change until the call is over."""
         match item:
+            case Dynamic() if is_array(item.sample):
+                return self.compute(np.ndarray.copy, item)
             case Known() | Dynamic():
                 return item
             case Sequence() | Mapping() if self._holds_tensors(item):
                 raise self.refuse("unsupported_object", "writes tensors within a container")
             case Sequence() | Mapping():
+                self.note_data(item)
                 return item
             case Outside() if isinstance(item.object, (*LISTS, *DICTS)):
+                self.note_data(item)
                 return item
             case _:
                 return self.to_text(str, item)
@@ -284,9 +289,16 @@ class BuiltinFunctions(Expressions):
         if isinstance(callee, Method) and isinstance(callee.function, Known):
             function, receiver = callee.function.object, callee.receiver
             if function in _LOGGING and isinstance(receiver, Outside):
-                self._write(function, arguments, keywords, receiver.value)
+                self._log(function, arguments, keywords, receiver)
                 return NONE
         return super().call(callee, arguments, keywords)
+
+    def _log(self, function: Any, arguments: list[Item], keywords: dict[str, Item], receiver: Outside) -> None:
+        """Have the host graph log something. An object is given as its text, which `%s` alone leaves as it is."""
+        message = next((item.object for item in arguments if isinstance(item, Known) and type(item.object) is str), "")
+        if "%" in message.replace("%s", "") and any(isinstance(i, Tensor | Outside | Instance) for i in arguments):
+            raise self.refuse("unsupported_call", "logs an object other than by %s")
+        self._write(function, arguments, keywords, receiver.value)
 
     def _do_partial(self, arguments: list[Item], keywords: dict[str, Item]) -> Item:
         raise self.refuse("unsupported_call", "functools.partial within the call")

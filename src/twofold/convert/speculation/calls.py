@@ -52,6 +52,7 @@ from .library import (
     is_torch,
     sets_process_state,
 )
+from .objects import is_array
 from .source import Code
 from .speculation import referent, unhooked
 from .torch_calls import TorchCalls
@@ -125,18 +126,20 @@ class Calls(TorchCalls):
         return self.call(method.function, [receiver, *arguments], keywords)
 
     def _call_method_of_value(self, item: Item, function: Any, arguments: list[Item], keywords: Any) -> Item:
-        is_array = isinstance(item, Dynamic) and isinstance(item.sample, np.ndarray)
-        if is_array and getattr(function, "__name__", "") in ("fill", "sort", "put", "resize"):
+        name = getattr(function, "__name__", "")
+        if isinstance(item, Dynamic) and is_array(item.sample) and name in ("fill", "sort", "put"):
             return self.change_array(item, function, arguments, keywords)
         return self._call_known(function, [item, *arguments], keywords)
 
-    def change_array(self, item: Item, function: Any, arguments: list[Item], keywords: dict[str, Item]) -> Item:
-        """Have the host graph change an array in place."""
+    def change_array(self, item: Dynamic, function: Any, arguments: list[Item], keywords: dict[str, Item]) -> Item:
+        """Have the host graph change an array in place; return it, or None, as the function does."""
+        if item.sample.dtype.hasobject or not _owns_memory(item.sample):
+            raise self.refuse("unsupported_object", "changes an array of objects, or memory of a tensor")
         named = {name: self.sample(given) for name, given in keywords.items()}
         result = self.dry_run(function, [self.sample(item), *map(self.sample, arguments)], named)
-        self.heap.arrays_changed = True
-        given = [self.host.nested(one) for one in (item, *arguments)]
-        self.host.effect(function, *given, keywords={n: self.host.nested(one) for n, one in keywords.items()})
+        self.heap.arrays_changed.append(item)
+        nested = {name: self.host.nested(one) for name, one in keywords.items()}
+        self.host.change(function, item.value, list(map(self.host.nested, arguments)), nested)
         return NONE if result is None else item
 
     def _call_known(self, function: Any, arguments: list[Item], keywords: dict[str, Item]) -> Item:
@@ -362,6 +365,11 @@ _GLOBAL_HOOKS = (
 )
 
 _OWN_CODE = str(Path(__file__).parents[2])
+
+
+def _owns_memory(array: Any) -> bool:
+    """Whether an array shows memory of an array."""
+    return array is None or (isinstance(array, np.ndarray) and _owns_memory(array.base))
 
 
 def _may_inline(function: types.FunctionType) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import types
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -103,8 +103,7 @@ class _Conversion:
             text = f"{type(raised.error).__name__}: {raised.error}"
             raise Refused(Refusal("raises", text[:160], host.origin)) from None
         path = self._walk.finish()
-        if heap.arrays_changed and _may_share_memory(path, self._walk.feeds.values()):
-            raise Refused(Refusal("late_decision", "an array that may share memory with a tensor changes", host.origin))
+        self._assume_apart(host, heap, path)
         interpreter.assume_measured()
         heap.close()
         speculation = host.finish(result, path)
@@ -112,6 +111,14 @@ class _Conversion:
         if any(slot not in path.program.escapes for slot in kept):
             raise Refused(Refusal("no_graph", "a tensor of the unit is kept that was not kept before", host.origin))
         return speculation
+
+    def _assume_apart(self, host: Host, heap: Heap, path: Path) -> None:
+        """Assume that arrays which the call changes show nothing of tensors: those are read when they are launched."""
+        feeds = [feed for feed in self._walk.feeds.values() if isinstance(feed, torch.Tensor)]
+        apart = all(heap.assume_apart(feed) for feed in feeds if not _is_of_torch(feed))
+        if heap.arrays_changed and (_shows_memory(path) or not apart):
+            text = "an array that may share memory with a tensor changes"
+            raise Refused(Refusal("late_decision", text, host.origin))
 
     def _given(
         self, host: Host, heap: Heap, arguments: tuple[Any, ...], keywords: dict[str, Any], function: Any
@@ -133,11 +140,14 @@ class _Conversion:
         return positional, named
 
 
-def _may_share_memory(path: Path, feeds: Iterable[Any]) -> bool:
-    """Whether a NumPy array shows memory of the unit's tensors: it cannot change then when the launches are over."""
+def _shows_memory(path: Path) -> bool:
+    """Whether arrays of NumPy may show memory of tensors that the unit reads or makes, but for what it is fed."""
     shown = any(node.event is not None and node.event.function in _SHOWS_MEMORY for node in path.nodes)
-    given = [*path.program.statics.values(), *(feed for feed in feeds if isinstance(feed, torch.Tensor))]
-    return shown or not all(tensor.untyped_storage().resizable() for tensor in given)
+    return shown or not all(map(_is_of_torch, path.program.statics.values()))
+
+
+def _is_of_torch(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().resizable()
 
 
 _SHOWS_MEMORY = (torch.Tensor.numpy, torch.Tensor.__array__)

@@ -15,7 +15,7 @@ from .containers import Containers
 from .heap import is_value
 from .items import NONE, Dynamic, Item, Known, Method, Outside, Place, Sequence
 from .library import find_in_class
-from .objects import Raised, is_array, is_data
+from .objects import Raised, is_data
 
 _OF_PYTHON = (
     "random uniform triangular randint randrange getrandbits choice choices sample shuffle gauss normalvariate"
@@ -70,7 +70,7 @@ class Draws(Containers):
         given = [*arguments, *keywords.values()]
         if not all(map(self._is_data, given)):
             raise self.refuse("unsupported_object", f"{name} draws from objects")
-        if self._is_changed(given) or (self.heap.arrays_changed and any(is_array(self.sample(one)) for one in given)):
+        if self._is_changed(given):
             raise self.refuse("late_decision", "draws by something that the call itself changes in place")
         samples = [self.sample(item) for item in arguments]
         named = {key: self.sample(item) for key, item in keywords.items()}

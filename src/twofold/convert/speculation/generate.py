@@ -27,13 +27,13 @@ from twofold.graph import Ambient, Constant, Graph, Node, Value, ambient_context
 
 from .library import is_torch
 from .schedule import is_effect
-from .speculation import commit, draw, equal, give, inherits, launch, put, read, step, tensor, unhooked
+from .speculation import change, commit, draw, equal, give, inherits, launch, put, read, step, tensor, unhooked
 
 DEEPEST = 6
 """Expressions are nested so deep and no deeper."""
 
 _ON_UNIT: dict[Any, str] = {
-    function: function.__name__ for function in (draw, give, put, read, step, tensor, launch, commit)
+    function: function.__name__ for function in (change, draw, give, put, read, step, tensor, launch, commit)
 }
 _NOT_ATOMS = frozenset({*INFIX, *PREFIX, equal, inherits, unhooked})
 _NUMBERS = itertools.count()

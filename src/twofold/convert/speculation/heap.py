@@ -24,7 +24,7 @@ from twofold.graph import Value
 
 from .host import Host, constant
 from .items import Dynamic, Item, Known, Mapping, Outside, Place, Sequence, Tensor
-from .speculation import Generator, equal
+from .speculation import Generator, apart, equal
 
 VALUES = (
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
@@ -76,12 +76,17 @@ class Heap:
         self._written: dict[int, Outside] = {}
         self.copies: dict[int, Any] = {}
         """What the dry run works on instead of foreign mutable objects, by their `id`; see `copy_of`."""
+        self._copied: list[Any] = []
+        """What there are copies of."""
         self.changed: set[int] = set()
         """Foreign containers, by `id`, that effects of this call have changed."""
         self._items_set: dict[int, dict[Any, Item]] = {}
         self._emptied: dict[int, Sequence | Mapping] = {}
         """Foreign lists and dictionaries, by `id`, that this call has emptied: what it has put into them since."""
-        self.arrays_changed = False
+        self.arrays_changed: list[Dynamic] = []
+        """The arrays that this call has changed in place, in order."""
+        self._made_behind: dict[int, int] = {}
+        """Behind how many of these changes Python has made a tensor in this call, by its `id`."""
         self._lengths: dict[int, Hashable] = {}
         """Where the lengths assumed so far are read, by the `id` of their containers."""
         self._grown: dict[int, int] = {}
@@ -126,8 +131,6 @@ class Heap:
             return Dynamic(held, value)
         if isinstance(held, np.ndarray | np.generic):
             host.assume_type(value, type(held), place)
-            if self.arrays_changed:
-                host.late.add(value)
             return Dynamic(self.copy_of(held), value)
         if is_value(held) and (type(held) is not tuple or not place.is_given):
             # Numbers that a call is given, an index or a rate, are others in the next.
@@ -181,7 +184,21 @@ class Heap:
         """Enter a tensor that Python made in this call."""
         made = Tensor(tensor, None, value, Place(name, (name, self._host.origin), True))
         self._seen[id(tensor)] = made
+        self._made_behind[id(tensor)] = len(self.arrays_changed)
         return made
+
+    def assume_apart(self, tensor: torch.Tensor) -> bool:
+        """Assume that no array shows memory of a tensor that this call changes behind its making. Whether none does."""
+        item = self._seen[id(tensor)]
+        assert isinstance(item, Tensor)
+        changed = self.arrays_changed[self._made_behind.get(id(tensor), 0) :]
+        for array in changed:
+            assert item.value is not None
+            assert item.place is not None
+            self._host.assume_apart(array.value, item.value, item.place)
+        samples = [array.sample for array in changed]
+        outside = [held for held in self._copied if any(self.copies[id(held)] is sample for sample in samples)]
+        return all(apart(array, tensor) for array in (*samples, *outside))
 
     def copy_of(self, held: Any) -> Any:
         """Return what stands for a foreign mutable object in the dry run."""
@@ -191,6 +208,7 @@ class Heap:
         known = self.copies.get(id(held))
         if known is None:
             known = self.copies[id(held)] = copy.deepcopy(held) if is_generator else held.copy()
+            self._copied.append(held)
         return known
 
     def length(self, holder: Outside) -> Item:

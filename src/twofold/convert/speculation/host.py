@@ -34,6 +34,8 @@ from .speculation import (
     Assumption,
     AssumptionKind,
     Speculation,
+    apart,
+    change,
     draw,
     equal,
     give,
@@ -46,7 +48,7 @@ from .speculation import (
 )
 
 _DEFAULT = Ambient()
-_OF_UNIT = (draw, give, put, step)
+_OF_UNIT = (change, draw, give, put, step)
 """Calls that show none of the program's objects to anything but the unit."""
 _MADE = (dict, OrderedDict, defaultdict)
 """Kinds of dictionaries that a call may make and hand out."""
@@ -65,6 +67,8 @@ class Host:
         self.assumptions: list[Assumption] = []
         self.late: set[Value] = set()
         """Values that effects of the call come before."""
+        self.data: set[Value] = set()
+        """See `Speculation.data`."""
         self.from_unit: set[Value] = set()
         """Values that are known only when the unit has run to its end."""
         self._roots: dict[int, tuple[Value, Any]] = {}
@@ -150,6 +154,12 @@ class Host:
             self._require_early(value)
         return self.call(draw, self.unit, number, generator, name, *arguments, keywords=keywords)
 
+    def change(
+        self, function: Callable[..., Any], array: Value, arguments: list[Argument], keywords: Mapping[str, Argument]
+    ) -> None:
+        """Append a change of an array in place."""
+        self.effect(change, self.unit, Constant(function), array, *arguments, keywords=keywords)
+
     def put(self, holder: Value, key: str, value: Argument) -> None:
         """Append the setting of an optimizer that steps in this call."""
         for needed in values_in((value,)):
@@ -174,6 +184,8 @@ class Host:
         if known is None:
             known = self._settled[value] = self.call(settled, self.unit, value)
             self.from_unit.add(known)
+            if value in self.data:
+                self.data.add(known)
         return known
 
     # ---- assumptions -------------------------------------------------------------------------------------
@@ -240,6 +252,11 @@ class Host:
         """Assume that a predicate holds of a value."""
         if self._is_new("once", place.location):
             self.assume("identity", place, "true", self.call(predicate, value, *rest))
+
+    def assume_apart(self, array: Value, given: Value, place: Place) -> None:
+        """Assume that an array that the call changes is none that a tensor of the unit shows."""
+        if self._is_new("apart", array, given):
+            self.assume("branch", place, "memory of its own", self.call(apart, array, given))
 
     def assume_tensor(self, described: Value, expected: tuple[Any, ...], place: Place) -> None:
         """Assume that what is described of a tensor is what was seen."""
@@ -314,7 +331,7 @@ class Host:
         """Return the finished speculation."""
         graph = drop_unread(drop_overwritten(self._graph.finish((self.argument(result),)), self._replaceable))
         roots = dict(self._roots.values())
-        return Speculation(graph, roots, path, tuple(self.assumptions))
+        return Speculation(graph, roots, path, tuple(self.assumptions), frozenset(self.data))
 
 
 def drop_overwritten(graph: Graph, replaceable: Collection[tuple[str, Value, Hashable]]) -> Graph:
@@ -331,9 +348,7 @@ def drop_overwritten(graph: Graph, replaceable: Collection[tuple[str, Value, Has
                 continue
             if place is not None and place in replaceable:
                 later.add(place)
-        elif (
-            node.op == "call" and not (node.results and is_pure(node.target)) and node.target not in (draw, give, step)
-        ):
+        elif node.op == "call" and not (node.results and is_pure(node.target)) and node.target not in _OF_UNIT:
             later.clear()
         else:
             later = {place for place in later if not _reads(node, place)}

@@ -15,7 +15,20 @@ from torch.overrides import get_overridable_functions
 
 from twofold.graph.names import known_name
 
-from .speculation import chosen, defined, equal, inherits, instance, metadata, read, referent, settled, tensor, unhooked
+from .speculation import (
+    apart,
+    chosen,
+    defined,
+    equal,
+    inherits,
+    instance,
+    metadata,
+    read,
+    referent,
+    settled,
+    tensor,
+    unhooked,
+)
 
 _BUILTINS = (
     "abs ascii bin bool bytes chr complex dict divmod float format frozenset hash hex int isinstance len list max min"
@@ -60,7 +73,7 @@ PURE: Final[frozenset[Any]] = frozenset(
     + [dict.get, dict.keys, dict.values, dict.items, dict.copy, list.copy, list.index, list.count, set.copy, set.union]
     + [getattr(np.ndarray, name) for name in _ARRAY_METHODS.split()]
     + [getattr(np.generic, name) for name in _ARRAY_METHODS.split() if hasattr(np.generic, name)]
-    + [chosen, defined, equal, inherits, instance, metadata, referent, unhooked, str.join, torch.Size.numel]
+    + [apart, chosen, defined, equal, inherits, instance, metadata, referent, unhooked, str.join, torch.Size.numel]
 )
 """Functions of Python values that depend on nothing else and change nothing."""
 

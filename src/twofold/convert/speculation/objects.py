@@ -75,6 +75,10 @@ class Objects:
         """Return `item.name`."""
         raise NotImplementedError
 
+    def change_array(self, item: Dynamic, function: Any, arguments: list[Item], keywords: dict[str, Item]) -> Item:
+        """Change an array in place; return it, or None, as the function does."""
+        raise NotImplementedError
+
     # ---- where we are ------------------------------------------------------------------------------------
 
     def refuse(self, code: str, construct: str) -> Refused:
@@ -167,10 +171,9 @@ class Objects:
             raise Raised(error) from None
         named = {name: self.sample(item) for name, item in keywords.items()}
         sample = self.dry_run(function, [self.sample(item) for item in items], named)
-        late = self.heap.arrays_changed and any(is_array(self.sample(item)) for item in given)
         arguments = [self.host.nested(item) for item in items]
         named = {name: self.host.nested(item) for name, item in keywords.items()}
-        late = late or self._is_changed(given)
+        late = self._is_changed(given)
         return Dynamic(sample, self.host.call(function, *arguments, late=late, keywords=named))
 
     def _is_changed(self, items: list[Item]) -> bool:
@@ -186,7 +189,8 @@ class Objects:
             raise self.refuse("raises", f"{type(error).__name__}: {str(error)[:120]}") from None
 
     def sample(self, item: Item) -> Any:
-        """Return an object like the one that an item is, for a dry run."""
+        """Return an object like the one that an item is, for a dry run of what looks into it."""
+        self.note_data(item)
         match item:
             case Known():
                 return item.object
@@ -204,6 +208,20 @@ class Objects:
             case _:
                 raise self.refuse("unsupported_object", f"{self.describe(item)} given to library code")
 
+    def note_data(self, item: Item) -> None:
+        """Note that something may be looked into, if arrays may be in it or show its memory."""
+        match item:
+            case Dynamic() if is_value(item.sample) or isinstance(item.sample, np.generic):
+                pass
+            case Tensor() if (
+                item.value is None or item.sample.untyped_storage().resizable()
+            ):  # no array shows its memory
+                pass
+            case Dynamic() | Tensor() | Outside() | Sequence() | Mapping() if item.value is not None:
+                self.host.data.add(item.value)
+            case _:
+                pass
+
     # ---- questions ---------------------------------------------------------------------------------------
 
     def truth(self, item: Item) -> bool:
@@ -212,7 +230,7 @@ class Objects:
             case Known():
                 return bool(item.object)
             case Dynamic():
-                taken = self.dry_run(bool, [item.sample], {})
+                taken = self.dry_run(bool, [self.sample(item)], {})
                 self.host.assume_branch(item.value, taken, self.here())
                 return taken
             case Tensor():
@@ -360,9 +378,8 @@ class Objects:
             raise Raised(error) from None
 
     def _item_of_value(self, item: Dynamic, key: Item) -> Item:
-        sample = self.dry_run(operator.getitem, [item.sample, self.sample(key)], {})
-        late = self.heap.arrays_changed and is_array(item.sample)
-        return Dynamic(sample, self.host.fetch("get_item", item.value, self.host.nested(key), late))
+        sample = self.dry_run(operator.getitem, [self.sample(item), self.sample(key)], {})
+        return Dynamic(sample, self.host.fetch("get_item", item.value, self.host.nested(key)))
 
     def _item_of_container(self, item: Outside, key: Any) -> Item:
         held = item.object
@@ -400,9 +417,7 @@ class Objects:
                 if item.value is not None:
                     self.host.store("set_item", item.value, self.host.argument(key), self.host.argument(value))
             case Dynamic() if is_array(item.sample):
-                self.dry_run(operator.setitem, [item.sample, self.sample(key), self.sample(value)], {})
-                self.heap.arrays_changed = True
-                self.host.store("set_item", item.value, self.host.nested(key), self.host.argument(value))
+                self.change_array(item, operator.setitem, [key, value], {})
             case Outside() if isinstance(item.object, (list, *DICTS)):
                 self._set_item_of_container(item, self.known(key), value)
             case Outside() | Instance():

@@ -17,6 +17,8 @@ from __future__ import annotations
 import math
 import operator
 import types
+from bisect import bisect_left
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
@@ -29,6 +31,8 @@ from twofold.graph.effects import target_has_effect
 from .library import is_pure
 from .speculation import (
     READ_BY_UNHOOKED,
+    apart,
+    change,
     commit,
     draw,
     equal,
@@ -36,6 +40,7 @@ from .speculation import (
     inherits,
     instance,
     launch,
+    metadata,
     put,
     read,
     settled,
@@ -59,6 +64,10 @@ NEVER_RAISES: frozenset[Any] = frozenset(
 
 _ON_UNIT = frozenset({draw, give, put, read, step, tensor, settled, launch, commit})
 _OF_IDENTITY = frozenset({operator.is_, operator.is_not, type, isinstance, id, inherits})
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+_BY_REFERENCE = frozenset(
+    {apart, give, instance, metadata, put, settled, step, tensor, tuple, list, dict, len} | _OF_IDENTITY
+)
 _DIVISIONS = frozenset({operator.truediv, operator.floordiv, operator.mod})
 
 
@@ -85,17 +94,17 @@ def reads_in_place(program: Program) -> frozenset[int]:
     return frozenset(found)
 
 
-def schedule(graph: Graph, in_place: Collection[int] = ()) -> Graph:
+def schedule(graph: Graph, in_place: Collection[int] = (), data: Collection[Value] = frozenset()) -> Graph:
     """Return a host graph with its nodes in the order of a call, `launch` and `commit` among them.
 
-    `in_place`: the fetches that cannot wait. Raises `Unschedulable`.
+    `in_place`: the fetches that cannot wait; `data`: see `Speculation`. Raises `Unschedulable`.
     """
-    return _Schedule(graph, in_place).ordered()
+    return _Schedule(graph, in_place, frozenset(data)).ordered()
 
 
 def is_effect(node: Node) -> bool:
     """Whether a node of a host graph is done for its effect on the heap or the world: a write, or an unknown call."""
-    if node.op in ("set_attr", "set_item"):
+    if node.op in ("set_attr", "set_item") or node.target is change:
         return True
     if node.op != "call" or node.target in _ON_UNIT:
         return False
@@ -104,21 +113,26 @@ def is_effect(node: Node) -> bool:
 
 
 class _Schedule:
-    def __init__(self, graph: Graph, in_place: Collection[int]) -> None:
+    def __init__(self, graph: Graph, in_place: Collection[int], data: frozenset[Value]) -> None:
         self.graph = graph
         self.in_place = in_place
+        self.data = [i for i, node in enumerate(graph.nodes) if node.target is change or _looks_into(node, data)]
+        """The nodes that change arrays or look into them: they stay in the order of the program."""
         self.makers = {value: i for i, node in enumerate(graph.nodes) for value in node.results}
         self.readers: dict[Value, list[int]] = {}
         for index, node in enumerate(graph.nodes):
             for value in node.operands:
                 self.readers.setdefault(value, []).append(index)
         self.stages = [_own_stage(node) for node in graph.nodes]
-        drawn = GUARD
+        drawn = looked = GUARD
+        looking = set(self.data) if any(self._changes_data(i) for i in self.data) else set()
         for index, node in enumerate(graph.nodes):
             for maker in self._makers_of(node):
                 self.stages[index] = max(self.stages[index], self.stages[maker])
             if node.target is draw:  # in the order of the program
                 drawn = self.stages[index] = max(self.stages[index], drawn)
+            if index in looking:
+                looked = self.stages[index] = max(self.stages[index], looked)
         self.passes = _Passing(graph.nodes)
         self.early: set[int] = set()
 
@@ -168,7 +182,7 @@ class _Schedule:
     def _require(self, index: int) -> None:
         for needed in self._closure(index):
             node = self.graph.nodes[needed]
-            if is_effect(node):
+            if is_effect(node) and node.target is not change:
                 raise Unschedulable("a check needs what an effect returns", node)
             if node.op != "assert" and self.passes.notices(needed):
                 raise Unschedulable("a check reads what an effect before it has changed", node)
@@ -177,18 +191,37 @@ class _Schedule:
             self.early.add(needed)
 
     def _closure(self, index: int) -> set[int]:
-        """Return a node and what it needs, as far as that is not early anyhow."""
+        """Return a node and what comes before it, as far as that is not early anyhow."""
         found = {index}
         pending = [index]
         while pending:
-            for maker in self._makers_of(self.graph.nodes[pending.pop()]):
-                if maker not in found and maker not in self.early:
-                    found.add(maker)
-                    pending.append(maker)
+            needed = pending.pop()
+            for before in (*self._makers_of(self.graph.nodes[needed]), *self._data_before(needed)):
+                if before not in found and before not in self.early:
+                    found.add(before)
+                    pending.append(before)
         return found
+
+    def _data_before(self, index: int) -> Iterable[int]:
+        """Yield what a node that looks into arrays must come behind, and what one that changes them must."""
+        position = bisect_left(self.data, index)
+        if self.data[position : position + 1] == [index]:
+            yield from (i for i in self.data[:position] if self._changes_data(index) or self._changes_data(i))
+
+    def _changes_data(self, index: int) -> bool:
+        node = self.graph.nodes[index]
+        return is_effect(node) and node.target is not print
 
     def _makers_of(self, node: Node) -> Iterable[int]:
         return (self.makers[value] for value in node.operands if value in self.makers)
+
+
+def _looks_into(node: Node, data: frozenset[Value]) -> bool:
+    """Whether a node looks into arrays, and does not only hand them on."""
+    if data.isdisjoint(node.operands) or node.op in ("get_attr", "set_attr", "set_item", "assert"):
+        return False
+    is_kept = isinstance(node.target, types.MethodDescriptorType) and node.target.__objclass__ in _CONTAINERS
+    return not (is_kept and is_effect(node)) and node.target not in _BY_REFERENCE
 
 
 def _own_stage(node: Node) -> int:
@@ -236,6 +269,8 @@ class _Passing:
         self._changed: dict[Value, list[int]] = {}
         for index in self._effects:
             # A method changes the object that it belongs to, and so does a write.
+            if nodes[index].target is change:
+                continue  # the schedule keeps these in order with all that looks
             is_method = nodes[index].op != "call" or isinstance(nodes[index].target, types.MethodDescriptorType)
             for value in nodes[index].operands[: 1 if is_method else None]:
                 self._changed.setdefault(value, []).append(index)

@@ -52,6 +52,8 @@ class Speculation:
     """What functions reach without being given it: globals, cells, receivers, by the inputs of `host`."""
     path: Path
     assumptions: tuple[Assumption, ...]
+    data: frozenset[Value]
+    """Values that are arrays, or may hold such: what looks into them sees what the call has changed before."""
 
 
 class Unit(Protocol):
@@ -72,6 +74,9 @@ class Unit(Protocol):
         What `shuffle` returns is the list that it was given.
         """
 
+    def change(self, function: Callable[..., Any], array: np.ndarray, *arguments: Any, **keywords: Any) -> None:
+        """Change an array in place by a function that returns nothing else. Undone with the unit."""
+
     def put(self, holder: dict[str, Any], key: str, value: Any) -> None:
         """Set an optimizer before the unit is launched. Undone with the unit."""
 
@@ -87,7 +92,7 @@ class Unit(Protocol):
 
 
 def give(unit: Unit, index: int, given: Any) -> None:
-    """See `Unit.give`. These six are the targets of the host graph's calls on the unit."""
+    """See `Unit.give`. These seven are the targets of the host graph's calls on the unit."""
     unit.give(index, given)
 
 
@@ -104,6 +109,11 @@ def step(unit: Unit, event: int) -> None:
 def draw(unit: Unit, number: int, generator: Generator, name: str, *arguments: Any, **keywords: Any) -> Any:
     """See `Unit.draw`."""
     return unit.draw(number, generator, name, *arguments, **keywords)
+
+
+def change(unit: Unit, function: Callable[..., Any], array: np.ndarray, *arguments: Any, **keywords: Any) -> None:
+    """See `Unit.change`."""
+    unit.change(function, array, *arguments, **keywords)
 
 
 def put(unit: Unit, holder: dict[str, Any], key: str, value: Any) -> None:
@@ -183,6 +193,20 @@ def rewinding(generator: Generator) -> Callable[[], None]:
             bits = generator.bit_generator
             state = bits.state
             return lambda: setattr(bits, "state", state)
+
+
+def restoring(function: Callable[..., Any], array: np.ndarray, arguments: tuple[Any, ...]) -> Callable[[], None]:
+    """Return how to put back what a function is about to change of an array: one item, or all."""
+    place: Any = arguments[0] if function is operator.setitem else ...
+    kept = np.array(array[place])
+    return lambda: array.__setitem__(place, kept)
+
+
+def apart(array: np.ndarray, given: torch.Tensor) -> bool:
+    """Whether an array and a tensor lie in different memory."""
+    storage = given.untyped_storage()
+    low, high = np.lib.array_utils.byte_bounds(array)
+    return high <= storage.data_ptr() or storage.data_ptr() + storage.nbytes() <= low
 
 
 def defined(owner: type, name: str) -> Any:

@@ -226,11 +226,8 @@ class TorchCalls(Draws):
         named = {name: self.sample(item) for name, item in keywords.items()}
         with unheard():
             made = self.dry_run(function, [self.sample(item) for item in arguments], named)
-        late = self.heap.arrays_changed and any(isinstance(self.sample(item), np.ndarray) for item in given)
         nested = {name: self.host.nested(item) for name, item in keywords.items()}
-        value = self.host.call(
-            function, *map(self.host.nested, arguments), late=late, ambient=current_ambient(), keywords=nested
-        )
+        value = self.host.call(function, *map(self.host.nested, arguments), ambient=current_ambient(), keywords=nested)
         item = self.heap.add_tensor(made, value, self.here().name)
         if self.walk.path is None:
             self.walk.lift(made)
@@ -300,6 +297,7 @@ class TorchCalls(Draws):
             return item.kind(self._late_sample(inner, is_look) for inner in item.items)
         if not isinstance(item, Tensor):
             return self.sample(item)
+        self.note_data(item)
         with unheard(), torch.no_grad():
             if item.slot is None and item.value in self.host.from_unit:
                 # Made by a dry run. A copy has other strides.

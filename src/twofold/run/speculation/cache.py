@@ -225,7 +225,7 @@ class GraphCache:
         """Make a new speculation runnable. Raises `Unschedulable`."""
         self._conversions += 1
         path = speculation.path
-        scheduled = schedule(speculation.host, reads_in_place(path.program))
+        scheduled = schedule(speculation.host, reads_in_place(path.program), speculation.data)
         function = generate(scheduled, speculation.roots, current_ambient())  # that of all units of the root
         work = TensorWork(path, scheduled, functools.partial(learn_layout, self._trace_graph, self._account))
         known = set(self._trace_graph.roots.values())

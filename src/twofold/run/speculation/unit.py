@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from twofold.capture.functions import NUMBER_READS
@@ -16,7 +17,16 @@ from twofold.capture.recorder import has_step_hooks
 from twofold.capture.trace import External, Slot, leaves, memory_key
 from twofold.capture.trace_graph import Path, PathNode, Role
 from twofold.convert.from_traces import Program
-from twofold.convert.speculation.speculation import Generator, commit, draw_by, launch, rewinding, step, tensor
+from twofold.convert.speculation.speculation import (
+    Generator,
+    commit,
+    draw_by,
+    launch,
+    restoring,
+    rewinding,
+    step,
+    tensor,
+)
 from twofold.graph import Graph, values_in
 from twofold.run.graph_runner import GraphRunner
 from twofold.run.outputs import LearnLayout, give_gradients, outputs_of
@@ -168,7 +178,7 @@ class SpeculatedUnit:
         self._fetched: dict[int, Any] = {}
         self._drawn: list[Generator] = []
         self._undo: list[Callable[[], object]] = []
-        """How to put back generators that were drawn from, and optimizers that were set."""
+        """How to put back generators that were drawn from, arrays that were changed and optimizers that were set."""
         self.failed_at: int | None = None
         """The assumption that did not hold."""
         self.is_committed = False
@@ -243,6 +253,12 @@ class SpeculatedUnit:
             self._drawn.append(generator)
             self._undo.append(rewinding(generator))
         return draw_by(generator, name, *arguments, **keywords)
+
+    def change(self, function: Callable[..., Any], array: np.ndarray, *arguments: Any, **keywords: Any) -> None:
+        """See `Unit.change`."""
+        if not self.is_committed:
+            self._undo.append(restoring(function, array, arguments))
+        function(array, *arguments, **keywords)
 
     def put(self, holder: dict[str, Any], key: str, value: Any) -> None:
         """See `Unit.put`."""

@@ -22,11 +22,13 @@ from twofold.convert.speculation.convert import speculate
 from twofold.convert.speculation.speculation import (
     Assumption,
     Speculation,
+    change,
     draw,
     draw_by,
     give,
     put,
     read,
+    restoring,
     rewinding,
     settled,
     step,
@@ -65,6 +67,7 @@ class Run:
         self.drawn: dict[int, Any] = {}
         self.put_already: set[tuple[int, str]] = set()
         self.rewinds: list[Callable[[], object]] = []
+        self.restores: list[Callable[[], object]] = []
 
     def give(self, index: int, given: Any) -> None:
         if index in self.feeds:
@@ -106,6 +109,15 @@ class Run:
             self.drawn[number] = draw_by(generator, name, *arguments, **keywords)
         return self.drawn[number]
 
+    def change(self, function: Callable[..., Any], array: Any, *arguments: Any, **keywords: Any) -> None:
+        self.restores.append(restoring(function, array, arguments))
+        function(array, *arguments, **keywords)
+
+    def restore(self) -> None:
+        """Put changed arrays back."""
+        while self.restores:
+            self.restores.pop()()
+
     def put(self, holder: dict[str, Any], key: str, value: Any) -> None:
         if (id(holder), key) not in self.put_already:
             self.put_already.add((id(holder), key))
@@ -114,6 +126,7 @@ class Run:
 
     def discard(self) -> None:
         self.run.discard()
+        self.restore()
         for rewind in reversed(self.rewinds):
             rewind()
 
@@ -155,6 +168,7 @@ def execute(speculation: Speculation, arguments: tuple[Any, ...], keywords: dict
     except (AttributeError, KeyError, IndexError, TypeError):
         run.discard()
         raise Miss(None) from None
+    run.restore()  # to be changed once more, in the order of the program
     run.finish()
     (result,) = interpret(host, inputs).outputs
     return result
@@ -169,7 +183,7 @@ def decisions(speculation: Speculation) -> tuple[Any, ...]:
     needed: set[Any] = set()
     kept: list[Any] = []
     for node in reversed(speculation.host.nodes):
-        decides = node.op == "assert" or node.target in (draw, give, put, read, step)
+        decides = node.op == "assert" or node.target in (change, draw, give, put, read, step)
         waits = not late.isdisjoint(node.operands) or not late.isdisjoint(node.results)
         if not waits and (decides or not needed.isdisjoint(node.results)):
             needed.update(node.operands)
