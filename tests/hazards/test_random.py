@@ -404,6 +404,53 @@ def test_draws_in_place_between_products_that_are_made_at_once() -> None:
     assert twofold.report(graphed).to_dict()["graph_iterations"] >= 3
 
 
+def drawing(seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward of some ten operations, most of which draw, in no order but that of the program."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        choices = random.Random(seed)
+        values = [x, x[:, :4] * 2]
+        for _ in range(choices.randint(6, 14)):
+            v, kind = choices.choice(values), choices.randrange(8)
+            if kind == 0:
+                values.append(F.dropout(v, 0.5))
+            elif kind == 1:
+                values.append(v.repeat(1, choices.choice([1, 4])).relu())
+            elif kind == 2:
+                values.append(F.dropout(v.repeat(1, 8), 0.3))
+            elif kind == 3:
+                values.append(v.sum(0, keepdim=True).expand(v.shape) + torch.rand_like(v))
+            elif kind == 4:
+                values.append(torch.randn(v.shape[0], v.shape[1], device=v.device) + v)
+            elif kind == 5:
+                values.append(v.cumsum(0).tanh())
+            elif kind == 6:
+                values.append(F.dropout(v.mean(1, keepdim=True), 0.5) * v)
+            else:
+                values.append(v @ torch.ones(v.shape[1], choices.choice([2, 64]), device=v.device))
+        sums = [v.sum(0) for v in values[2:]]
+        choices.shuffle(sums)
+        return torch.cat(sums)
+
+    return forward
+
+
+@pytest.mark.parametrize("seed", [5, 11])
+def test_compiled_draws_keep_their_order(seed: int) -> None:
+    """PyTorch 2.11 moved them past one another."""
+    forward = drawing(seed)
+    graphed = twofold.function(forward, numerics="fused", backend="inductor", background=False, engine="coexecution")
+    x = torch.randn(64, 16)
+    with torch.no_grad():
+        for number in range(5):
+            torch.manual_seed(number)
+            expected, after = forward(x), torch.rand(())
+            torch.manual_seed(number)
+            torch.testing.assert_close(graphed(x), expected, rtol=1e-4, atol=1e-4)
+            assert torch.rand(()) == after
+    assert twofold.report(graphed).to_dict()["graph_iterations"] >= 2
+
+
 def test_no_tensors_but_random_numbers() -> None:
     def make(parts: Parts) -> Callable[..., Any]:
         def step(number: int, x: torch.Tensor, y: torch.Tensor) -> Any:

@@ -117,7 +117,8 @@ def compile_to_file(text: str, path: str, threads: int) -> None:
     """
     from torch._inductor import config, standalone_compile
 
-    from .layout import prefer_channels_last  # which imports Inductor
+    from .layout import prefer_channels_last  # which imports Inductor, as does the next
+    from .ordered_draws import settings_for
 
     torch.set_num_threads(threads)
     try:
@@ -132,6 +133,7 @@ def compile_to_file(text: str, path: str, threads: int) -> None:
             "cpp.threads": threads_for(graph),
             "cpp.vec_isa_ok": vectors_work(),
             "cpp.min_chunk_size": SMALLEST_CHUNK,
+            **settings_for(module),
         }
         with torch.no_grad(), config.patch(settings):
             with torch._subclasses.FakeTensorMode():
